@@ -1,0 +1,1 @@
+"""lora_kit: LoRA and fine-tuning for Stable Diffusion."""

@@ -1,0 +1,142 @@
+"""Put a plan's layers into the networks, and take them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from lora_kit.adapters.layers import activate, base_layer, with_adapter
+from lora_kit.adapters.record import adapter_names, forget, record_of, start_record
+from lora_kit.adapters.state import lora_layers
+from lora_kit.errors import TargetError
+from lora_kit.targeting import TargetPlan
+
+
+def inject(
+    components: Mapping[str, nn.Module], plan: TargetPlan, adapter_name: str = "default", seed: int = 0
+) -> dict[str, list[nn.Parameter]]:
+    """Adapt exactly the modules of `plan`; the rest of `components` is frozen. Returns `trainable_parameters`.
+
+    Trainable weights are fp32 whatever the base's precision. LoRA: down is Kaiming-uniform (as in PEFT), drawn
+    from (seed, module name) alone, up is zero, so the output is the base's. PEFT casts its inputs, so the
+    network runs with or without autocast. `full`: the module's own weights; over a bf16 or fp16 base those need
+    autocast. The adapter is active at scale 1, beside any others.
+
+    Raises TargetError, before anything is changed, if the plan is another model's or the name cannot be had.
+    """
+    _check_name(components, adapter_name)
+    modules = _planned_modules(components, plan)
+    for network in components.values():
+        start_record(network).adapters.append(adapter_name)
+    for target in plan.targets:
+        name = target.module.name
+        if target.method == "full":
+            _thaw(components, name, adapter_name)
+        else:
+            _put(components, name, with_adapter(modules[name], target, adapter_name, seed))
+    trainable = trainable_parameters(components, plan, adapter_name)
+    planned = {target.module.name for target in plan.targets if target.method != "full"}
+    assert lora_layers(components, adapter_name).keys() == planned, "other modules than the plan's were adapted"
+    count = sum(weight.numel() for weights in trainable.values() for weight in weights if weight.requires_grad)
+    assert count == plan.trainable_parameters, f"{count} parameters train, {plan.trainable_parameters} are planned"
+    return trainable
+
+
+def trainable_parameters(
+    components: Mapping[str, nn.Module], plan: TargetPlan, adapter_name: str = "default"
+) -> dict[str, list[nn.Parameter]]:
+    """Target module's name → what trains there, in plan order: LoRA's [down, up], or the module's own for `full`."""
+    found: dict[str, list[nn.Parameter]] = {}
+    for target in plan.targets:
+        module = _module(components, target.module.name)
+        if target.method == "full":
+            found[target.module.name] = list(base_layer(module).parameters(recurse=False))
+            continue
+        assert isinstance(module, LoraLayer), f"{target.module.name} carries no adapter"
+        factors = (module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight)
+        found[target.module.name] = [cast("nn.Parameter", factor) for factor in factors]
+    return found
+
+
+def eject(components: Mapping[str, nn.Module], adapter_name: str = "default") -> None:
+    """Undo `inject`: the very module objects come back, and with the last adapter the requires_grad flags.
+
+    Weights of `method: full` get their precision back but keep their trained values: a copy of the old ones
+    would double the memory. Raises TargetError if there is no such adapter.
+    """
+    require_adapter(components, adapter_name)
+    for name, layer in lora_layers(components, adapter_name).items():
+        activate(layer, [active for active in layer.active_adapters if active != adapter_name])
+        layer.delete_adapter(adapter_name)
+        if not layer.lora_A:
+            _put(components, name, layer.get_base_layer())
+    for component, network in components.items():
+        for name, dtype in record_of(network).full.pop(adapter_name, {}).items():
+            weight = _own_parameter(components, f"{component}.{name}")
+            weight.data = weight.data.to(dtype)
+            weight.requires_grad_(False)
+        forget(network, adapter_name)
+
+
+def require_adapter(components: Mapping[str, nn.Module], adapter_name: str) -> None:
+    """Raise TargetError unless an adapter of that name is injected."""
+    present = adapter_names(components)
+    if adapter_name not in present:
+        listed = ", ".join(present) or "none"
+        raise TargetError(f"no adapter is named `{adapter_name}`; the network carries: {listed}.")
+
+
+def _check_name(components: Mapping[str, nn.Module], adapter_name: str) -> None:
+    if adapter_name in adapter_names(components):
+        raise TargetError(f"an adapter named `{adapter_name}` is injected already; eject it, or take another name.")
+    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
+        said = "torch takes no empty name, no dot, and no name of ModuleDict's own such as `keys`"
+        raise TargetError(f"`{adapter_name}` cannot name an adapter: {said}. Take another name.")
+
+
+def _planned_modules(components: Mapping[str, nn.Module], plan: TargetPlan) -> dict[str, nn.Module]:
+    """The plan's modules as they are in the networks now."""
+    found: dict[str, nn.Module] = {}
+    problems: list[str] = []
+    for name, _, shape, _ in (target.module for target in plan.targets):
+        try:
+            found[name] = _module(components, name)
+        except (AttributeError, KeyError):
+            problems.append(f"{name} is not in the model")
+            continue
+        got = tuple(getattr(base_layer(found[name]), "weight", torch.empty(0)).shape)
+        if got != shape and shape:
+            problems.append(f"{name} has shape {got}, the plan says {shape}")
+    if problems:
+        listed = "\n  ".join(problems[:10] + ([f"… {len(problems) - 10} more"] if len(problems) > 10 else []))
+        raise TargetError(f"the plan was made for another model; make it from this one:\n  {listed}")
+    return found
+
+
+def _module(components: Mapping[str, nn.Module], name: str) -> nn.Module:
+    component, _, inner = name.partition(".")
+    return components[component].get_submodule(inner)
+
+
+def _put(components: Mapping[str, nn.Module], name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(_module(components, parent), child, module)
+
+
+def _own_parameter(components: Mapping[str, nn.Module], name: str) -> nn.Parameter:
+    module, _, own = name.rpartition(".")
+    return base_layer(_module(components, module)).get_parameter(own)
+
+
+def _thaw(components: Mapping[str, nn.Module], name: str, adapter_name: str) -> None:
+    """Train the module's own parameters, in fp32; the Parameter objects stay."""
+    component, _, inner = name.partition(".")
+    before = record_of(components[component]).full.setdefault(adapter_name, {})
+    for own, weight in base_layer(_module(components, name)).named_parameters(recurse=False):
+        before[f"{inner}.{own}"] = weight.dtype
+        weight.data = weight.data.float()
+        weight.requires_grad_(True)

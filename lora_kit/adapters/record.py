@@ -1,0 +1,54 @@
+"""What a network was like before adapters were injected, kept on the network itself (so that a copy keeps it)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+_ATTRIBUTE = "_lora_kit_record"
+
+
+@dataclass
+class Record:
+    """One network's adapters and its state before the first of them."""
+
+    requires_grad: dict[str, bool]
+    """Parameter name → flag."""
+    adapters: list[str] = field(default_factory=list[str])
+    """Names, in the order of injection."""
+    full: dict[str, dict[str, torch.dtype]] = field(default_factory=dict[str, dict[str, torch.dtype]])
+    """Adapter → name of each parameter it trains whole (as in the bare network) → precision before."""
+
+
+def start_record(network: nn.Module) -> Record:
+    """The network's record; a network without one gets it and is frozen."""
+    if _ATTRIBUTE not in vars(network):
+        flags = {name: weight.requires_grad for name, weight in network.named_parameters()}
+        vars(network)[_ATTRIBUTE] = Record(flags)
+        network.requires_grad_(False)
+    return record_of(network)
+
+
+def record_of(network: nn.Module) -> Record:
+    """The network's record, or an empty one if nothing is injected."""
+    return vars(network).get(_ATTRIBUTE) or Record({})
+
+
+def forget(network: nn.Module, adapter_name: str) -> None:
+    """Drop the adapter from the record; with the last one the flags are restored and the record goes."""
+    record = record_of(network)
+    if adapter_name in record.adapters:
+        record.adapters.remove(adapter_name)
+    if record.adapters or _ATTRIBUTE not in vars(network):
+        return
+    for name, flag in record.requires_grad.items():
+        network.get_parameter(name).requires_grad_(flag)
+    del vars(network)[_ATTRIBUTE]
+
+
+def adapter_names(components: Mapping[str, nn.Module]) -> list[str]:
+    """The adapters injected into any of the components, in the order of injection."""
+    return list(dict.fromkeys(name for network in components.values() for name in record_of(network).adapters))

@@ -1,0 +1,81 @@
+"""The neutral form of an adapter: module name → the low-rank update it describes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from lora_kit.errors import AdapterFileError
+from lora_kit.targeting import ModuleInfo, Target, TargetPlan, module_tree
+
+
+class LoraUpdate(NamedTuple):
+    """ΔW = scale · (alpha / rank) · up · down (Hu et al. 2021, section 4.1)."""
+
+    down: Tensor
+    """Linear [r, in]; convolution [r, in, kh, kw]."""
+    up: Tensor
+    """Linear [out, r]; convolution [out, r, 1, 1]."""
+    alpha: float
+
+
+class AdapterState(NamedTuple):
+    """All updates of one adapter file, under dotted names that start with the component (`unet.…`)."""
+
+    updates: dict[str, LoraUpdate]
+    metadata: dict[str, str]
+    """The file's header: strings only."""
+
+
+def weight_modules(components: Mapping[str, nn.Module]) -> dict[str, ModuleInfo]:
+    """Every linear and convolution by dotted name, as if nothing were injected (the meta device will do)."""
+    return {module.name: module for module in module_tree(components) if module.kind != "other"}
+
+
+def lora_layers(components: Mapping[str, nn.Module], adapter_name: str) -> dict[str, LoraLayer]:
+    """The injected layers that hold `adapter_name`, by dotted name, in the module tree's order."""
+    return {
+        f"{component}.{inner}": module
+        for component, network in components.items()
+        for inner, module in network.named_modules()
+        if isinstance(module, LoraLayer) and adapter_name in module.lora_A
+    }
+
+
+def adapter_state(components: Mapping[str, nn.Module], adapter_name: str) -> dict[str, LoraUpdate]:
+    """The updates of an injected adapter as fp32 copies on the CPU; empty if no layer holds `adapter_name`."""
+    return {
+        name: LoraUpdate(
+            _copy(layer.lora_A[adapter_name].weight),
+            _copy(layer.lora_B[adapter_name].weight),
+            float(layer.lora_alpha[adapter_name]),
+        )
+        for name, layer in lora_layers(components, adapter_name).items()
+    }
+
+
+def _copy(weight: Tensor | nn.Module) -> Tensor:
+    assert isinstance(weight, Tensor)
+    return weight.detach().to("cpu", torch.float32, copy=True).contiguous()
+
+
+def plan_for(components: Mapping[str, nn.Module], updates: Mapping[str, LoraUpdate]) -> TargetPlan:
+    """The plan that makes room for `updates`: their modules, ranks and alphas, no rules, no dropout.
+
+    Raises AdapterFileError naming every module that the model lacks.
+    """
+    modules = weight_modules(components)
+    missing = sorted(set(updates) - set(modules))
+    if missing:
+        raise AdapterFileError(f"the model has no linear or convolution named {', '.join(missing)}")
+    targets = tuple(
+        Target(module, -1, "lora", updates[name].down.shape[0], updates[name].alpha, 0.0, 1.0)
+        for name, module in modules.items()
+        if name in updates
+    )
+    base = {name: sum(weight.numel() for weight in network.parameters()) for name, network in components.items()}
+    return TargetPlan(targets, (), base)

@@ -1,0 +1,58 @@
+"""What `generate` and `grid` share. Import it only when a command runs: it imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import typer
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from lora_kit.cli.options import AdapterOption, DtypeName, parse_size, torch_dtype
+from lora_kit.files import write_atomically
+from lora_kit.inference import Prepared, SamplingSettings, default_settings, prepare
+
+
+def open_base(base: str, adapters: Sequence[AdapterOption], dtype: DtypeName | None) -> Prepared:
+    """Load the base with the adapters, telling warnings on stderr."""
+    prepared = prepare(base, [option.path for option in adapters], torch_dtype(dtype) if dtype else None)
+    for warning in prepared.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    return prepared
+
+
+def settings_for(prepared: Prepared, size: str | None, asked: SamplingSettings) -> SamplingSettings:
+    """`asked`, in `size` or in the size the base was made for."""
+    default = default_settings(prepared.bundle)
+    width, height = parse_size(size) if size else (default.width, default.height)
+    return replace(asked, width=width, height=height)
+
+
+def warn_of_long_prompts(prepared: Prepared, prompts: Sequence[str]) -> None:
+    """Say on stderr which prompts are longer than the text encoder reads."""
+    bundle = prepared.bundle
+    for prompt in dict.fromkeys(prompts):
+        if bundle.family.truncated(bundle, [prompt]):
+            typer.echo(f"warning: the text encoder reads only the beginning of {prompt!r}: it is too long", err=True)
+
+
+def save_png(image: Image.Image, path: Path, facts: dict[str, str]) -> None:
+    """Write a PNG atomically, `facts` as its text chunks."""
+    chunks = PngInfo()
+    for key, value in facts.items():
+        chunks.add_itxt(key, value)
+    write_atomically(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=chunks))
+
+
+def facts_of(base: str, settings: SamplingSettings) -> dict[str, str]:
+    """What every picture of a command has in common, for its PNG."""
+    return {
+        "base": base,
+        "negative_prompt": settings.negative_prompt,
+        "steps": str(settings.steps),
+        "guidance": f"{settings.guidance:g}",
+        "sampler": settings.sampler,
+        "size": f"{settings.width}x{settings.height}",
+    }

@@ -1,0 +1,57 @@
+"""`lora-kit generate`: pictures from a base and scaled adapters."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_kit.cli.options import DtypeName, parse_adapter, parse_size, refuse_existing
+
+
+def command(
+    base: Annotated[str, typer.Argument(help="A diffusers folder, a checkpoint file, a hub id, or `tiny`.")],
+    prompt: Annotated[list[str], typer.Option(help="What to draw. May be given several times.")],
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")],
+    adapter: Annotated[list[str] | None, typer.Option(help="FILE or FILE:SCALE. May be given several times.")] = None,
+    negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of each prompt's first picture; the next has the next.")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="Pictures for each prompt.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Sampler steps.")] = 25,
+    guidance: Annotated[float, typer.Option(min=0, help="Classifier-free guidance; 1 or less turns it off.")] = 7.5,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels. Default: the base's own.")] = None,
+    sampler: Annotated[str, typer.Option(help="ddim, dpm++, euler or pndm.")] = "ddim",
+    dtype: Annotated[DtypeName | None, typer.Option(help="Default: fp16 on a GPU, else fp32.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures that are there.")] = False,
+) -> None:
+    """Draw every prompt `count` times. Each PNG's text chunks say how to draw it again."""
+    adapters = [parse_adapter(text) for text in adapter or []]
+    if size:
+        parse_size(size)  # a typo is answered before anything is loaded
+    seeds = list(range(seed, seed + count))
+    paths = [out / f"{index:03d}_{slug(text)}_seed{one}.png" for index, text in enumerate(prompt) for one in seeds]
+    refuse_existing(paths, overwrite)
+
+    from lora_kit.cli.drawing import facts_of, open_base, save_png, settings_for, warn_of_long_prompts
+    from lora_kit.inference import SamplingSettings, generate
+    from lora_kit.progress import progress
+
+    asked = SamplingSettings(steps=steps, guidance=guidance, negative_prompt=negative, sampler=sampler)
+    prepared = open_base(base, adapters, dtype)
+    settings = settings_for(prepared, size, asked)
+    warn_of_long_prompts(prepared, [*prompt, negative])
+    scales = [option.scale for option in adapters]
+    used = json.dumps([{"file": option.path.name, "scale": option.scale} for option in adapters])
+    pictures = generate(prepared, prompt, seeds, scales, settings, progress)
+    for picture, path in zip(pictures, paths, strict=True):
+        facts = {"prompt": picture.prompt, "seed": str(picture.seed), "adapters": used, **facts_of(base, settings)}
+        save_png(picture.image, path, facts)
+        typer.echo(str(path))
+
+
+def slug(text: str) -> str:
+    """A prompt as a part of a file's name: letters, digits and hyphens, at most 40."""
+    return re.sub(r"[^\w]+", "-", text.lower()).strip("-")[:40] or "picture"

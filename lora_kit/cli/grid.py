@@ -1,0 +1,55 @@
+"""`lora-kit grid`: strength × prompt × seed as one labelled picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_kit.cli.options import DtypeName, parse_adapter, parse_numbers, parse_seeds, parse_size, refuse_existing
+from lora_kit.errors import RecipeError
+
+
+def command(
+    base: Annotated[str, typer.Argument(help="A diffusers folder, a checkpoint file, a hub id, or `tiny`.")],
+    adapter: Annotated[list[str], typer.Option(help="Adapter file. Several are all drawn at the same strength.")],
+    prompt: Annotated[list[str], typer.Option(help="What to draw. May be given several times.")],
+    out: Annotated[Path, typer.Option(help="The PNG.")],
+    scales: Annotated[str, typer.Option(help="Strengths, a column each.")] = "0,0.5,1",
+    seeds: Annotated[str, typer.Option(help="Seeds; each prompt has a row for each.")] = "0",
+    negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
+    steps: Annotated[int, typer.Option(min=1, help="Sampler steps.")] = 25,
+    guidance: Annotated[float, typer.Option(min=0, help="Classifier-free guidance; 1 or less turns it off.")] = 7.5,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT of a picture. Default: the base's own.")] = None,
+    sampler: Annotated[str, typer.Option(help="ddim, dpm++, euler or pndm.")] = "ddim",
+    dtype: Annotated[DtypeName | None, typer.Option(help="Default: fp16 on a GPU, else fp32.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a picture that is there.")] = False,
+) -> None:
+    """Draw prompts and seeds downwards, strengths to the right. A strength of 0 is the base."""
+    adapters = [parse_adapter(text) for text in adapter]
+    if any(option.scale != 1 for option in adapters):
+        raise RecipeError("grid: --adapter takes a file without :SCALE here; --scales gives the strengths")
+    strengths, rows = parse_numbers(scales, "--scales"), parse_seeds(seeds)
+    if size:
+        parse_size(size)
+    refuse_existing([out], overwrite)
+
+    from lora_kit.cli.drawing import facts_of, open_base, save_png, settings_for, warn_of_long_prompts
+    from lora_kit.inference import SamplingSettings, grid
+    from lora_kit.progress import progress
+
+    asked = SamplingSettings(steps=steps, guidance=guidance, negative_prompt=negative, sampler=sampler)
+    prepared = open_base(base, adapters, dtype)
+    settings = settings_for(prepared, size, asked)
+    warn_of_long_prompts(prepared, [*prompt, negative])
+    sheet = grid(prepared, prompt, rows, strengths, settings, progress)
+    facts = {
+        "prompts": json.dumps(prompt, ensure_ascii=False),
+        "seeds": seeds,
+        "scales": scales,
+        "adapters": json.dumps([option.path.name for option in adapters]),
+    }
+    save_png(sheet, out, facts | facts_of(base, settings))
+    typer.echo(str(out))

@@ -1,0 +1,68 @@
+"""`lora-kit plan`: what a recipe would train, without loading weights."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from lora_kit.cli.plan_facts import Memory, Steps
+
+
+def command(
+    recipe: Annotated[str, typer.Argument(help="A YAML recipe.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, over the recipe's own.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Show which modules the rules pick, the steps, and an estimate of the memory. Loads no weights."""
+    from lora_kit.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    from lora_kit.cli.plan_facts import memory, steps
+    from lora_kit.models.outline import read_outline
+    from lora_kit.targeting import make_plan, plan_table, plan_to_json
+
+    base = read_outline(loaded.model)
+    plan = make_plan(loaded.targets, base.tree)
+    length, bytes_held = steps(loaded), memory(loaded, plan, base.parameters)
+    if as_json:
+        document = {
+            "base": loaded.model.base,
+            "trainable_parameters": plan.trainable_parameters,
+            "plan": plan_to_json(plan),
+            "steps": length._asdict(),
+            "memory_bytes": bytes_held._asdict() | {"trainable": bytes_held.trainable},
+        }
+        typer.echo(json.dumps(document, ensure_ascii=False, indent=1))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    console.print(plan_table(plan))
+    for line in (_steps_line(length), *_memory_lines(bytes_held)):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _steps_line(length: Steps) -> str:
+    micro = f" in micro-batches of {length.micro_batch_size}" if length.micro_batch_size else ""
+    if length.epochs is None:
+        data = "a data set on the hub, not counted"
+    else:
+        data = f"{length.epochs:.3g} epochs of {length.samples_per_epoch:,} samples"
+    return f"steps: {length.max_steps:,} of {length.batch_size} pictures{micro}; {data}"
+
+
+def _memory_lines(held: Memory) -> list[str]:
+    average = f", average {_size(held.average)}" if held.average else ""
+    parts = f"weights {_size(held.weights)}, gradients {_size(held.gradients)}, moments {_size(held.moments)}{average}"
+    return [
+        f"memory: {_size(held.trainable)} to train ({parts})",
+        f"        {_size(held.frozen)} frozen weights; activations come on top",
+    ]
+
+
+def _size(count: int) -> str:
+    """Bytes for humans, in units of 1024."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

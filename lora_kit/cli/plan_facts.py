@@ -1,0 +1,101 @@
+"""What a plan costs: steps and memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from lora_kit.recipe import Recipe
+from lora_kit.targeting import Target, TargetPlan
+
+FP32 = 4
+_BLOCK = 256  # bitsandbytes keeps an fp32 scale for this many 8-bit moments
+_SMALLEST_8BIT = 4096  # elements; it keeps smaller tensors' moments in fp32
+
+
+class Memory(NamedTuple):
+    """Bytes of what stays in memory through a run. Activations come on top: they grow with batch and resolution."""
+
+    weights: int
+    """Trainable, fp32."""
+    gradients: int
+    moments: int
+    """The optimizer's two moments of each weight."""
+    average: int
+    """The moving average of `train.ema_decay`."""
+    frozen: int
+    """Frozen UNet and text encoder in the base's precision, and the VAE in fp32."""
+
+    @property
+    def trainable(self) -> int:
+        """All that grows with the trainable weights."""
+        return self.weights + self.gradients + self.moments + self.average
+
+
+class Steps(NamedTuple):
+    """The run's length."""
+
+    max_steps: int
+    batch_size: int
+    micro_batch_size: int | None
+    """None: the batch size over the processes of the launch."""
+    samples_per_epoch: int | None
+    """None if a source is on the hub, as counting would download it."""
+    epochs: float | None
+
+
+def memory(recipe: Recipe, plan: TargetPlan, parameters: dict[str, int]) -> Memory:
+    """Estimate from counts alone; `parameters` of each network, the VAE too."""
+    trainable = plan.trainable_parameters * FP32
+    whole = sum(target.parameters for target in plan.targets if target.method == "full")
+    # Where whole weights train, all of the base is held in fp32.
+    width = FP32 if whole or recipe.train.mixed_precision == "no" else 2
+    vae = parameters.get("vae", 0)
+    return Memory(
+        weights=trainable,
+        gradients=trainable,
+        moments=sum(_moments(recipe.optimizer.name, size) for target in plan.targets for size in _tensors(target)),
+        average=trainable if recipe.train.ema_decay else 0,
+        frozen=(sum(parameters.values()) - vae - whole) * width + vae * FP32,
+    )
+
+
+def steps(recipe: Recipe) -> Steps:
+    """Length of the run. Raises DataError if a local data set cannot be counted."""
+    samples = _samples(recipe)
+    seen = recipe.train.max_steps * recipe.data.batch_size
+    return Steps(
+        recipe.train.max_steps,
+        recipe.data.batch_size,
+        recipe.train.micro_batch_size,
+        samples,
+        seen / samples if samples else None,
+    )
+
+
+def _samples(recipe: Recipe) -> int | None:
+    if not all(Path(source.path).exists() for source in recipe.data.sources):
+        return None
+    from lora_kit.data import count_records
+
+    return count_records(recipe.data)
+
+
+def _tensors(target: Target) -> Iterator[int]:
+    """Elements of each tensor that trains."""
+    out, *inputs = target.module.shape
+    if target.method == "full":
+        weight = out * math.prod(inputs)
+        yield weight
+        yield target.module.parameters - weight
+        return
+    yield target.rank * math.prod(inputs)
+    yield target.rank * out
+
+
+def _moments(optimizer: str, elements: int) -> int:
+    if optimizer == "adamw8bit" and elements >= _SMALLEST_8BIT:
+        return 2 * (elements + math.ceil(elements / _BLOCK) * FP32)
+    return 2 * elements * FP32

@@ -1,0 +1,24 @@
+"""`lora-kit train`: what scripts/train_lora.py runs in each process."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def command(
+    recipe: Annotated[str, typer.Argument(help="A YAML recipe.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, over the recipe's own.")] = None,
+) -> None:
+    """Train as the recipe says. Ctrl-C finishes the step, saves, and stops."""
+    from lora_kit.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())  # before torch: a typo is answered at once
+    from lora_kit.training import train
+
+    outcome = train(loaded)
+    if outcome.is_main:
+        typer.echo(f"wrote {outcome.path}", err=True)
+        for line in outcome.lines():
+            typer.echo(line, err=True)

@@ -1,0 +1,32 @@
+"""Pictures and captions: sources, the stream of samples, cached latents, loaders."""
+
+from lora_kit.data.batch import Batch
+from lora_kit.data.latents import cache_latents
+from lora_kit.data.loader import make_batch_loader, make_loader, process_share
+from lora_kit.data.records import Flaw, Record, Records
+from lora_kit.data.sampler import Share, StepSampler, micro_batches
+from lora_kit.data.scan import check_pictures
+from lora_kit.data.sources import count_records, open_records
+from lora_kit.data.training_set import Latents, Sample, TrainingSet, collate, open_training_set
+
+__all__ = [
+    "Batch",
+    "Flaw",
+    "Latents",
+    "Record",
+    "Records",
+    "Sample",
+    "Share",
+    "StepSampler",
+    "TrainingSet",
+    "cache_latents",
+    "check_pictures",
+    "collate",
+    "count_records",
+    "make_batch_loader",
+    "make_loader",
+    "micro_batches",
+    "open_records",
+    "open_training_set",
+    "process_share",
+]

@@ -1,0 +1,61 @@
+"""Training set → micro-batches → optimizer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader
+
+from lora_kit.data.batch import Batch
+from lora_kit.data.sampler import Share, StepSampler
+from lora_kit.data.training_set import Sample, TrainingSet, collate
+from lora_kit.data.workers import worker_options
+from lora_kit.recipe import Recipe
+
+
+class Processes(Protocol):
+    """What the loader asks an accelerate.Accelerator."""
+
+    @property
+    def num_processes(self) -> int: ...  # noqa: D102
+    @property
+    def process_index(self) -> int: ...  # noqa: D102
+    @property
+    def device(self) -> torch.device: ...  # noqa: D102
+
+
+def make_loader(
+    training_set: TrainingSet, recipe: Recipe, processes: Processes, first_step: int = 0
+) -> Iterator[list[Batch]]:
+    """This process's micro-batches of one optimizer step after the other, from `first_step` to `max_steps`.
+
+    Raises RecipeError if there are more processes than pictures in a step. Not to be prepared by accelerate,
+    which would share the batches out a second time.
+    """
+    share = process_share(recipe, processes.process_index, processes.num_processes)
+    sampler = StepSampler(share, first_step, recipe.train.max_steps)
+    loader = make_batch_loader(training_set, sampler, pin_memory=processes.device.type == "cuda")
+    return _steps(loader, sampler.per_step)
+
+
+def process_share(recipe: Recipe, rank: int, world: int) -> Share:
+    """The share of process `rank` of `world`; by default in one micro-batch."""
+    micro_batch_size = recipe.train.micro_batch_size or recipe.data.batch_size
+    return Share(recipe.data.batch_size, rank, world, micro_batch_size)
+
+
+def make_batch_loader(training_set: TrainingSet, sampler: StepSampler, pin_memory: bool = False) -> DataLoader[Sample]:
+    """A DataLoader that yields a `Batch` for each micro-batch of the sampler. Cached latents need no workers."""
+    workers = training_set.section.workers if training_set.latents is None else 0
+    return DataLoader(
+        training_set, batch_sampler=sampler, collate_fn=collate, pin_memory=pin_memory, **worker_options(workers)
+    )
+
+
+def _steps(loader: DataLoader[Sample], per_step: int) -> Iterator[list[Batch]]:
+    batches: Iterator[Any] = iter(loader)
+    while step := list(islice(batches, per_step)):
+        yield step

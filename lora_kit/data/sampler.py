@@ -1,0 +1,70 @@
+"""Which positions of the stream a process takes in each optimizer step, cut into micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch.utils.data import Sampler
+
+from lora_kit.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Share:
+    """One process's share of every optimizer step."""
+
+    batch_size: int
+    """Pictures in one optimizer step, over all processes."""
+    rank: int
+    world: int
+    micro_batch_size: int
+    """Most pictures in one forward pass."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < self.world:
+            raise RecipeError(
+                f"data.batch_size ({self.batch_size}) is below the number of processes ({self.world}); each needs at "
+                "least one picture a step. Raise it, or launch fewer processes."
+            )
+
+
+def micro_batches(step: int, share: Share) -> list[list[int]]:
+    """Stream positions of this process's micro-batches in optimizer step `step` (0-based).
+
+    Step s holds positions s·B … s·B + B-1. Processes take consecutive runs of it, and micro-batches consecutive
+    runs of those, whose lengths differ by one at most.
+    """
+    start = step * share.batch_size
+    first, last = _part(share.batch_size, share.rank, share.world)
+    count = -(-(last - first) // share.micro_batch_size)
+    cuts = [_part(last - first, index, count) for index in range(count)]
+    return [list(range(start + first + low, start + first + high)) for low, high in cuts]
+
+
+class StepSampler(Sampler[list[int]]):
+    """Batch sampler: the micro-batches of optimizer steps `first_step` … `max_steps` - 1, one after the other."""
+
+    def __init__(self, share: Share, first_step: int, max_steps: int):
+        self.share = share
+        self.first_step = first_step
+        self.max_steps = max_steps
+
+    @property
+    def per_step(self) -> int:
+        """Micro-batches of this process in each step. Processes can differ by one."""
+        return len(micro_batches(0, self.share))
+
+    def __len__(self) -> int:
+        return max(0, self.max_steps - self.first_step) * self.per_step
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.first_step, self.max_steps):
+            yield from micro_batches(step, self.share)
+
+
+def _part(length: int, index: int, parts: int) -> tuple[int, int]:
+    """Bounds of part `index` of 0 … length-1 cut into `parts`; the first ones are longer by one where needed."""
+    size, longer = divmod(length, parts)
+    first = index * size + min(index, longer)
+    return first, first + size + (index < longer)

@@ -1,0 +1,80 @@
+"""What every kind of source is given and hands back."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lora_kit.data.records import Flaw, Record
+from lora_kit.recipe.sections import SourceSection
+
+PICTURE_SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}  # all in Pillow's wheels
+)
+FOREIGN_SUFFIXES = frozenset({".heic", ".heif", ".svg", ".psd", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf"})
+
+
+@dataclass(frozen=True)
+class Place:
+    """A source and where it was found."""
+
+    section: SourceSection
+    index: int
+    """Index in `data.sources`."""
+    label: str
+    """First part of its records' ids, unique among the sources."""
+    path: Path | None
+    """File or folder, absolute; None for a data set of the hub."""
+
+    @property
+    def origin(self) -> str:
+        """How messages name it."""
+        return f"data.sources.{self.index} ({self.path or self.section.path})"
+
+
+@dataclass
+class Found:
+    """What a source holds."""
+
+    records: list[Record] = field(default_factory=list[Record])
+    flaws: list[Flaw] = field(default_factory=list[Flaw])
+    notices: list[str] = field(default_factory=list[str])
+
+    def add(self, result: Record | Flaw) -> None:
+        """Sort a result into records or flaws."""
+        if isinstance(result, Record):
+            self.records.append(result)
+        else:
+            self.flaws.append(result)
+
+
+def list_files(folder: Path) -> list[str]:
+    """All files below `folder` as sorted POSIX paths relative to it.
+
+    Hidden files and folders (`.name`: thumbnails, macOS's `._` twins) are no part of a data set. Linked folders
+    are followed once.
+    """
+    found: list[str] = []
+    seen: set[str] = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        if real not in seen:
+            inner = Path(root).relative_to(folder)
+            found += [(inner / name).as_posix() for name in files if not name.startswith(".")]
+        seen.add(real)
+    return sorted(found)
+
+
+def inner_path(name: str) -> str | None:
+    """A relative POSIX path in normal form, or None if it is absolute or leaves its folder."""
+    plain = name.replace("\\", "/") if os.name == "nt" else name
+    normal = os.path.normpath(plain).replace(os.sep, "/")
+    leaves = normal == ".." or normal.startswith("../")
+    return None if leaves or Path(normal).is_absolute() or Path(normal).drive else normal
+
+
+def has_suffix(name: str, suffixes: frozenset[str]) -> bool:
+    """Whether a file's ending, in any case, is one of `suffixes`."""
+    return Path(name).suffix.lower() in suffixes

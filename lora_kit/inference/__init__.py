@@ -1,0 +1,19 @@
+"""Pictures from a base and scaled adapters."""
+
+from lora_kit.inference.generate import Picture, generate, grid
+from lora_kit.inference.grids import compose_grid
+from lora_kit.inference.prepare import Prepared, default_settings, prepare, scale_adapters
+from lora_kit.inference.sampling import SamplingSettings, draw
+
+__all__ = [
+    "Picture",
+    "Prepared",
+    "SamplingSettings",
+    "compose_grid",
+    "default_settings",
+    "draw",
+    "generate",
+    "grid",
+    "prepare",
+    "scale_adapters",
+]

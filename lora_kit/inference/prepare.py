@@ -1,0 +1,76 @@
+"""A base with live adapters, ready to draw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from lora_kit.adapters import AdapterState, family_of, load_adapter, read_adapter, set_scales
+from lora_kit.inference.sampling import SamplingSettings, vae_factor
+from lora_kit.models import ModelBundle, base_hash, load_bundle
+from lora_kit.recipe import ModelSection
+
+
+class Prepared(NamedTuple):
+    """A bundle whose adapters are injected."""
+
+    bundle: ModelBundle
+    adapters: tuple[str, ...]
+    """Names of the adapters within the bundle, in the order of the files."""
+    warnings: tuple[str, ...]
+
+
+def prepare(base: str, files: Sequence[Path], dtype: torch.dtype | None = None) -> Prepared:
+    """Load `base` and put the adapter files' layers in, all at strength 1.
+
+    On the GPU if there is one. `dtype` None: fp16 on a GPU, fp32 on a CPU; the VAE is fp32 always (SD's overflows in
+    fp16). Warns about files that say they were trained on another family or base; that is allowed where the shapes
+    fit. Raises ModelError or AdapterFileError.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    bundle = load_bundle(ModelSection(base=base), dtype or (torch.float16 if device == "cuda" else torch.float32))
+    states = [read_adapter(path, bundle.components) for path in files]
+    warnings = _mismatches(files, states, bundle)
+    networks: list[nn.Module] = [bundle.unet, bundle.text_encoder, bundle.vae]
+    for network in networks:
+        network.to(device)
+    names = tuple(f"adapter_{index}" for index in range(len(files)))
+    for name, state in zip(names, states, strict=True):
+        load_adapter(bundle.components, state.updates, name)
+    return Prepared(bundle, names, tuple(warnings))
+
+
+def _mismatches(files: Sequence[Path], states: Sequence[AdapterState], bundle: ModelBundle) -> list[str]:
+    """Where headers say that an adapter belongs to another base. Ask before anything is injected."""
+    warnings: list[str] = []
+    own_hash = ""
+    for path, state in zip(files, states, strict=True):
+        family, recorded = family_of(state.metadata), state.metadata.get("lora_kit.base_hash")
+        if family is not None and family != bundle.family.name:
+            warnings.append(
+                f"{path}: was trained for {family}; this base is {bundle.family.name}"
+            )
+        elif recorded:
+            own_hash = own_hash or base_hash(bundle)
+            if recorded != own_hash:
+                warnings.append(
+                    f"{path}: was trained on another base than {bundle.source} (or on the same in another "
+                    "precision); its effect may differ"
+                )
+    return warnings
+
+
+def default_settings(bundle: ModelBundle) -> SamplingSettings:
+    """Pictures of the size the base was made for."""
+    config: Any = bundle.unet.config
+    side = int(config.sample_size or 64) * vae_factor(bundle)
+    return SamplingSettings(width=side, height=side)
+
+
+def scale_adapters(prepared: Prepared, scales: Sequence[float]) -> None:
+    """Set each adapter's strength, in the order of the files; 0 turns it off wholly."""
+    set_scales(prepared.bundle.components, dict(zip(prepared.adapters, scales, strict=True)))

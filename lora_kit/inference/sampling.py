@@ -1,0 +1,172 @@
+"""Prompts and seeds → pictures.
+
+The loop is written out here rather than taken from a diffusers pipeline for three reasons: latents and guidance stay
+in fp32 whatever precision the networks have, the VAE may have another precision than the UNet, and the networks may
+be in the middle of training. In fp32 the pictures equal StableDiffusionPipeline's (a test holds that).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from lora_kit.errors import ModelError, RecipeError
+from lora_kit.models import ModelBundle, scheduler_named
+from lora_kit.models.families import latent_scale
+from lora_kit.progress import ProgressBar, no_progress
+
+# Pixels of one batch: four pictures of 512 × 512, which with guidance run as eight. Fits 8 GB in fp16.
+BATCH_PIXELS = 4 * 512 * 512
+LARGEST_BATCH = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    """How pictures are drawn; everything but prompt and seed."""
+
+    steps: int = 25
+    """Sampler steps."""
+    guidance: float = 7.5
+    """Classifier-free guidance scale (Ho & Salimans 2022); 1 or less turns it off and halves the work."""
+    negative_prompt: str = ""
+    width: int = 512
+    """Pixels; a multiple of the VAE's factor, 8 for Stable Diffusion."""
+    height: int = 512
+    sampler: str = "ddim"
+    """A name that `lora_kit.models.scheduler_named` knows."""
+
+
+def draw(
+    bundle: ModelBundle,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    settings: SamplingSettings,
+    batch_size: int | None = None,
+    progress: ProgressBar = no_progress,
+) -> list[Image.Image]:
+    """One picture for each (prompt, seed) pair, in order.
+
+    A picture's noise depends on its own seed alone, so how the pictures are batched changes them by rounding only.
+    Adapters act as `set_scales` left them. The networks are put in eval mode, without gradients, and given their
+    modes back; the global random state is not touched. `batch_size` None: as many as BATCH_PIXELS allows.
+
+    Raises RecipeError for settings that cannot be drawn, ModelError if a picture is not finite.
+    """
+    if len(prompts) != len(seeds):
+        raise RecipeError(f"got {len(prompts)} prompts and {len(seeds)} seeds; one seed belongs to each prompt")
+    _check(bundle, settings)
+    size = batch_size or fitting_batch_size(settings)
+    starts = range(0, len(prompts), size)
+    pictures: list[Image.Image] = []
+    with evaluating(bundle.unet, bundle.text_encoder, bundle.vae), torch.no_grad():
+        for start in progress(starts, "drawing", len(starts)):
+            latents = _denoise(bundle, prompts[start : start + size], seeds[start : start + size], settings)
+            pictures += to_pictures(decode(bundle, latents))
+    return pictures
+
+
+def fitting_batch_size(settings: SamplingSettings) -> int:
+    """How many pictures of this size are drawn at once."""
+    return max(1, min(LARGEST_BATCH, BATCH_PIXELS // (settings.width * settings.height)))
+
+
+@contextmanager
+def evaluating(*networks: nn.Module) -> Generator[None]:
+    """Eval mode inside, every module's own mode restored after."""
+    modes = {module: module.training for network in networks for module in network.modules()}
+    for network in networks:
+        network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def vae_factor(bundle: ModelBundle) -> int:
+    """Pixels per latent cell, along one side."""
+    config: Any = bundle.vae.config
+    return 2 ** (len(config.block_out_channels) - 1)
+
+
+def _check(bundle: ModelBundle, settings: SamplingSettings) -> None:
+    factor = vae_factor(bundle)
+    if settings.steps < 1:
+        raise RecipeError(f"steps: got {settings.steps}, allowed: 1 and more")
+    for side, pixels in (("width", settings.width), ("height", settings.height)):
+        if pixels < factor or pixels % factor:
+            near = max(factor, round(pixels / factor) * factor)
+            raise RecipeError(f"{side}: got {pixels}, allowed: multiples of {factor} for this base; try {near}")
+
+
+def _denoise(bundle: ModelBundle, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings) -> Tensor:
+    """Latents [b, c, h, w] at t = 0, fp32, still multiplied by the VAE's scaling factor."""
+    config = {**bundle.scheduler_config, "prediction_type": bundle.prediction_type}
+    scheduler: Any = scheduler_named(settings.sampler, config)
+    scheduler.set_timesteps(settings.steps, device=bundle.device)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    options = _step_options(scheduler, generators)
+    guided = settings.guidance > 1
+    captions = [settings.negative_prompt] * len(prompts) * guided + list(prompts)
+    condition = bundle.family.condition(bundle, captions)
+    latents = initial_noise(bundle, generators, settings) * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        noisy = scheduler.scale_model_input(torch.cat([latents] * (1 + guided)), timestep)
+        output = bundle.family.predict(bundle, noisy, timestep.expand(len(noisy)), condition).float()
+        if guided:
+            unconditional, conditional = output.chunk(2)
+            output = unconditional + settings.guidance * (conditional - unconditional)
+        latents = scheduler.step(output, timestep, latents, **options).prev_sample
+    return latents
+
+
+def _step_options(scheduler: Any, generators: list[torch.Generator]) -> dict[str, Any]:
+    """Samplers that add noise on the way take it from each picture's own generator."""
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    return {"generator": generators} if takes_generator else {}
+
+
+def initial_noise(bundle: ModelBundle, generators: list[torch.Generator], settings: SamplingSettings) -> Tensor:
+    """Standard normal [b, c, h, w], fp32; drawn on the CPU, so that a seed means the same on every device."""
+    factor = vae_factor(bundle)
+    config: Any = bundle.vae.config
+    shape = (config.latent_channels, settings.height // factor, settings.width // factor)
+    noise = [torch.randn(shape, generator=generator) for generator in generators]
+    return torch.stack(noise).to(bundle.device)
+
+
+def decode(bundle: ModelBundle, latents: Tensor) -> Tensor:
+    """Latents [b, c, h, w] → pixels [b, 3, H, W] in 0..1, fp32.
+
+    Raises ModelError if a value is not finite: fp16 VAEs overflow on some pictures.
+    """
+    vae: Any = bundle.vae
+    # The VAE has its own precision and, being large, works on one picture at a time: activations are what fills memory.
+    scale, shift = latent_scale(vae)
+    scaled = (latents / scale + shift).to(vae.dtype)
+    pixels = torch.cat([vae.decode(one).sample.float() for one in scaled.split(_decoded_at_once(scaled))])
+    if not bool(torch.isfinite(pixels).all()):
+        raise ModelError(
+            f"the picture holds NaN or infinite values (networks in {bundle.unet.dtype}, VAE in {vae.dtype}). "
+            "Use fp32 for the VAE; if it is fp32 already, the network's or adapter's weights are at fault."
+        )
+    return (pixels / 2 + 0.5).clamp(0, 1)
+
+
+def _decoded_at_once(latents: Tensor) -> int:
+    """Small latents go together; from 64 × 64 (512 pixels) one by one."""
+    return max(1, 64 * 64 // (latents.shape[-1] * latents.shape[-2]))
+
+
+def to_pictures(pixels: Tensor) -> list[Image.Image]:
+    """Pixels [b, 3, H, W] in 0..1 → 8-bit RGB."""
+    bytes_ = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(one) for one in bytes_]

@@ -1,0 +1,177 @@
+"""Bases in diffusers' layout: a folder here, or a repository on the hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
+
+from lora_kit.errors import ModelError
+from lora_kit.models import tokenizers
+from lora_kit.models.layout import Configs
+from lora_kit.recipe.sections import ModelSection
+
+_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+_SHOWN = 8
+_DAMAGE = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
+"""What diffusers and transformers raise for files that are missing, damaged or do not fit their config."""
+
+
+class DiffusersBase:
+    """A diffusers pipeline, in a folder or on the hub, as a `Layout`."""
+
+    def __init__(self, where: str | Path, section: ModelSection) -> None:
+        """`where`: the folder as a Path, or the hub id as a string. Raises ModelError if no pipeline is there."""
+        self._where, self._section = where, section
+        self._local = isinstance(where, Path)
+        _check_index(_read_index(where, section.revision), str(where))
+        if isinstance(where, Path):
+            _check_folders(where)
+
+    def configs(self) -> Configs:
+        """As in Layout."""
+        with self._reading("configs"):
+            return Configs(
+                unet=_plain(UNet2DConditionModel.load_config(self._where, subfolder="unet", **self._options)),
+                vae=_plain(AutoencoderKL.load_config(self._where, subfolder="vae", **self._options)),
+                text_encoder=CLIPTextConfig.from_pretrained(self._where, subfolder="text_encoder", **self._options),
+                scheduler=_plain(DDIMScheduler.load_config(self._where, subfolder="scheduler", **self._options)),
+            )
+
+    def unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
+        """As in Layout."""
+        return cast(UNet2DConditionModel, self._network(UNet2DConditionModel, "unet", torch_dtype=dtype))
+
+    def vae(self, dtype: torch.dtype) -> AutoencoderKL:
+        """As in Layout."""
+        return cast(AutoencoderKL, self._network(AutoencoderKL, "vae", torch_dtype=dtype))
+
+    def text_encoder(self, dtype: torch.dtype) -> CLIPTextModel:
+        """As in Layout."""
+        return cast(CLIPTextModel, self._network(CLIPTextModel, "text_encoder", dtype=dtype))
+
+    def tokenizer(self) -> CLIPTokenizer:
+        """As in Layout."""
+        if self._section.tokenizer:
+            return tokenizers.named(self._section.tokenizer)
+        if isinstance(self._where, Path):
+            return tokenizers.from_folder(self._where / "tokenizer")
+        with self._reading("tokenizer"):
+            return CLIPTokenizer.from_pretrained(self._where, subfolder="tokenizer", **self._options)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"local_files_only": True} if self._local else {"revision": self._section.revision}
+
+    def _network(self, network_class: Any, part: str, **dtype: torch.dtype) -> Any:
+        """Load one network. The libraries only warn of missing tensors, and fill them at random: an error here."""
+        options = {**self._options, "variant": self._section.variant, "output_loading_info": True, **dtype}
+        with self._reading(part), _without_bars(self._local):
+            network, report = network_class.from_pretrained(self._where, subfolder=part, **options)
+        for fault, what in (
+            ("missing_keys", "lacks"),
+            ("unexpected_keys", "holds tensors that its config has no place for:"),
+            ("mismatched_keys", "does not fit its config.json in shape:"),
+        ):
+            if names := sorted(str(name) for name in report[fault]):
+                more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+                raise ModelError(f"{self._where}: the {part} {what} {', '.join(names[:_SHOWN])}{more}.")
+        return network
+
+    @contextmanager
+    def _reading(self, part: str) -> Generator[None]:
+        try:
+            yield
+        except _DAMAGE as error:
+            variant = f" (variant {self._section.variant})" if self._section.variant else ""
+            raise ModelError(
+                f"{self._where}: its {part}{variant} cannot be read: {_first_lines(error)} "
+                f"Check that the files are whole, or fetch them again."
+            ) from error
+
+
+def _read_index(where: str | Path, revision: str | None) -> dict[str, Any]:
+    """The pipeline's model_index.json."""
+    if isinstance(where, Path):
+        path = where / "model_index.json"
+        if not path.is_file():
+            raise ModelError(
+                f"{where} is a folder without model_index.json, so not a diffusers pipeline. Give the folder that "
+                f"holds {', '.join(_PARTS)} (what `save_pretrained` writes), or a single .safetensors checkpoint."
+            )
+    else:
+        path = _fetch_index(where, revision)
+    try:
+        index: Any = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON ({error}): fetch it again.") from error
+    return cast(dict[str, Any], index)
+
+
+def _fetch_index(name: str, revision: str | None) -> Path:
+    try:
+        return Path(hf_hub_download(name, "model_index.json", revision=revision))
+    except (OSError, ValueError) as error:
+        at = f" at revision {revision}" if revision else ""
+        raise ModelError(
+            f"{name!r} is neither a file or folder here (looked in {Path.cwd()}) nor a diffusers pipeline that could "
+            f"be had from the hub or its local cache{at}: {_first_lines(error)} A base is a diffusers folder, a "
+            f".safetensors or .ckpt file, a hub id such as owner/name, or `tiny`."
+        ) from error
+
+
+def _check_index(index: dict[str, Any], source: str) -> None:
+    """Raise ModelError unless the pipeline is of SD's parts."""
+    kind = str(index.get("_class_name", "an unnamed pipeline"))
+    parts: dict[str, str] = {part: str((index.get(part) or [None, None])[1]) for part in _PARTS}
+    lacking = [part for part in _PARTS if parts[part] == "None"]
+    if lacking or "text_encoder_2" in index:
+        detail = f"its model_index.json names no {', no '.join(lacking)}" if lacking else "it has two text encoders"
+        raise ModelError(
+            f"{source} is a {kind}: {detail}. Supported so far: Stable Diffusion v1 and v2, text to image."
+        )
+    wanted = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+    for part, name in wanted.items():
+        if parts[part] != name:
+            raise ModelError(f"{source} is a {kind} whose {part} is a {parts[part]}; supported so far: {name}.")
+
+
+def _check_folders(folder: Path) -> None:
+    missing = [part for part in _PARTS if not (folder / part).is_dir()]
+    if missing:
+        raise ModelError(
+            f"{folder} is incomplete: it has no folder {', '.join(missing)}, which its model_index.json names. "
+            f"Fetch the base again, or copy what is missing."
+        )
+
+
+@contextmanager
+def _without_bars(quiet: bool) -> Generator[None]:
+    """No progress bar for reading a local file; downloads keep theirs."""
+    hide = quiet and transformers_logging.is_progress_bar_enabled()
+    if hide:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hide:
+            transformers_logging.enable_progress_bar()
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """`load_config` gives a dict, or a tuple that begins with it."""
+    return dict(config[0] if isinstance(config, tuple) else config)
+
+
+def _first_lines(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}{'…' if len(text) > 300 else ''}"

@@ -1,0 +1,126 @@
+"""Stable Diffusion v1 and v2: how a latent, a condition and a prediction are made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from lora_kit.errors import ModelError
+from lora_kit.models.bundle import Family, ModelBundle
+
+_OTHER_INPUTS = {
+    5: "a depth-to-image model",
+    7: "an upscaler",
+    8: "an image-editing model (InstructPix2Pix)",
+    9: "an inpainting model",
+}
+
+
+class StableDiffusion:
+    """Latent diffusion on a VAE, told the last hidden state of a CLIP text encoder (Rombach et al. 2022)."""
+
+    name = "sd"
+
+    def encode(self, bundle: ModelBundle, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """pixels [b, 3, H, W] in -1..1 → mean and standard deviation of the latents [b, c, h, w], unscaled fp32.
+
+        Runs in the VAE's own precision even inside autocast: SD's VAE overflows in fp16.
+        """
+        vae: Any = bundle.vae
+        with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
+            posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
+        return posterior.mean.float(), posterior.std.float()
+
+    def target_latents(self, bundle: ModelBundle, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+        """z0 = scaling_factor · (mean + std · noise − shift), fp32; SD's own VAEs have no shift."""
+        scale, shift = latent_scale(bundle.vae)
+        return (mean.float() + std.float() * noise.float() - shift) * scale
+
+    def condition(self, bundle: ModelBundle, captions: list[str]) -> Tensor:
+        """Captions → text states [b, tokens, width] in the text encoder's dtype; keeps the graph for training it.
+
+        As StableDiffusionPipeline does: padded to the full length, no attention mask, last hidden state after
+        the final norm. SD2's "penultimate layer" is in its config already, which has one layer less.
+        """
+        tokenizer = _tokenizer(bundle)
+        tokens: Any = tokenizer(
+            captions,
+            padding="max_length",
+            max_length=token_limit(bundle),
+            truncation=True,
+            return_tensors="pt",
+        )
+        device = next(bundle.text_encoder.parameters()).device
+        return bundle.text_encoder(tokens.input_ids.to(device)).last_hidden_state
+
+    def truncated(self, bundle: ModelBundle, captions: list[str]) -> int:
+        """How many captions are longer than the text encoder reads, so that `condition` cuts their end off."""
+        limit = token_limit(bundle)
+        encoded: Any = _tokenizer(bundle)(captions, truncation=False, verbose=False)
+        return sum(len(ids) > limit for ids in encoded.input_ids)
+
+    def predict(self, bundle: ModelBundle, noisy: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+        """The UNet's output for z_t [b, c, h, w] at t [b] (int64), fp32 in the latents' shape.
+
+        Inputs are cast to the dtype the base is held in, so that a bf16 base needs no autocast.
+        """
+        dtype = bundle.unet.conv_in.weight.dtype
+        return bundle.unet(noisy.to(dtype), timesteps, condition.to(dtype)).sample.float()
+
+
+class StableDiffusion1(StableDiffusion):
+    """SD 1.x: CLIP ViT-L/14, attention projections as 1×1 convolutions."""
+
+    name = "sd1"
+
+
+class StableDiffusion2(StableDiffusion):
+    """SD 2.x: OpenCLIP ViT-H/14, attention projections as linear layers."""
+
+    name = "sd2"
+
+
+def latent_scale(vae: AutoencoderKL) -> tuple[float, float]:
+    """(scaling_factor, shift_factor) of the VAE's config; a missing shift is 0."""
+    config: Any = vae.config
+    return float(config.scaling_factor), float(getattr(config, "shift_factor", None) or 0.0)
+
+
+def token_limit(bundle: ModelBundle) -> int:
+    """Tokens in a caption, start and end included: 77 for CLIP."""
+    return min(_tokenizer(bundle).model_max_length, bundle.text_encoder.config.max_position_embeddings)
+
+
+def recognise(unet: Mapping[str, Any], text_width: int, source: str) -> Family:
+    """The family that a UNet's config and the text encoder's width describe.
+
+    Raises ModelError, saying what was recognised, for models that lora_kit cannot train.
+    """
+    channels, width = unet.get("in_channels"), unet.get("cross_attention_dim")
+    if unet.get("addition_embed_type") == "text_time":
+        raise _unsupported(source, "a Stable Diffusion XL model (its UNet takes a pooled text embedding and sizes)")
+    if channels != unet.get("out_channels"):
+        kind = _OTHER_INPUTS.get(int(channels or 0), "of an unknown kind")
+        raise _unsupported(source, f"{kind}: its UNet takes {channels} channels and gives {unet.get('out_channels')}")
+    if unet.get("class_embed_type") is not None or unet.get("num_class_embeds") is not None:
+        raise _unsupported(source, "a class-conditional model (its UNet has a class embedding)")
+    if width != text_width:
+        raise ModelError(
+            f"{source}: the UNet attends to text states of width {width}, but the text encoder gives {text_width}. "
+            f"Its parts come from different models; use the text encoder that the UNet was trained with."
+        )
+    return StableDiffusion2() if unet.get("use_linear_projection") else StableDiffusion1()
+
+
+def _unsupported(source: str, what: str) -> ModelError:
+    return ModelError(f"{source} is {what}. Supported so far: Stable Diffusion v1 and v2, text to image.")
+
+
+def _tokenizer(bundle: ModelBundle) -> Any:
+    if bundle.tokenizer is None:
+        raise ModelError(f"{bundle.source} was only laid out, without its tokenizer: load it with load_bundle.")
+    return bundle.tokenizer

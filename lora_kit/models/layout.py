@@ -1,0 +1,42 @@
+"""What a base is on disk, behind one interface: its configs, and its networks one at a time."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+
+class Configs(NamedTuple):
+    """What is known of a base without its weights."""
+
+    unet: dict[str, Any]
+    vae: dict[str, Any]
+    text_encoder: CLIPTextConfig
+    scheduler: dict[str, Any]
+
+
+class Layout(Protocol):
+    """A base on disk. Reads raise ModelError where a file is missing, damaged or does not fit its config."""
+
+    def configs(self) -> Configs:
+        """The configs, without reading weights."""
+        ...
+
+    def unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
+        """The UNet, held in `dtype`."""
+        ...
+
+    def vae(self, dtype: torch.dtype) -> AutoencoderKL:
+        """The VAE, held in `dtype`."""
+        ...
+
+    def text_encoder(self, dtype: torch.dtype) -> CLIPTextModel:
+        """The text encoder, held in `dtype`."""
+        ...
+
+    def tokenizer(self) -> CLIPTokenizer:
+        """The tokenizer, from the base or from where its owner says."""
+        ...

@@ -1,0 +1,166 @@
+"""Single-file checkpoints (.safetensors, .ckpt) in the original LDM layout: what they are, and their networks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar, cast
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from lora_kit.errors import ModelError
+from lora_kit.models import ldm_configs, tokenizers
+from lora_kit.models.checkpoint_file import CheckpointFile
+from lora_kit.models.layout import Configs
+from lora_kit.models.ldm_keys import CLIP, OPEN_CLIP, UNET, VAE, Claim, claim, is_unused, structure
+from lora_kit.recipe.sections import ModelSection
+
+_ADAPTER_MARKS = ("lora_down", "lora_up", "lora_A", "lora_B", "lora.down", "lora.up", "hada_w1", "lokr_w", "unet:0:")
+_OTHER_MODELS = {
+    "conditioner.embedders.": "a Stable Diffusion XL checkpoint",
+    "model.diffusion_model.joint_blocks.": "a Stable Diffusion 3 checkpoint",
+    "model.diffusion_model.double_blocks.": "a Flux checkpoint",
+    "double_blocks.": "a Flux checkpoint",
+    "control_model.": "a ControlNet",
+    "embedder.model.": "a Stable unCLIP checkpoint",
+    "cond_stage_model.transformer.token_emb.": "a latent diffusion (LDM) text-to-image checkpoint",
+}
+_PARTS = {"UNet": (UNET,), "VAE": (VAE,), "text encoder": (CLIP, OPEN_CLIP)}
+_SHOWN = 8
+
+N = TypeVar("N", bound=nn.Module)
+
+
+class LdmCheckpoint:
+    """An open single-file checkpoint as a `Layout`."""
+
+    def __init__(self, file: CheckpointFile, section: ModelSection) -> None:
+        self._file, self._section = file, section
+        _recognise(file)
+        self._structure = structure(file.shapes)
+        self._claims = self._claimed()
+
+    def configs(self) -> Configs:
+        """As in Layout."""
+        shapes, form = self._file.shapes, self._structure
+        scale = float(self._file.read("scale_factor")) if "scale_factor" in shapes else ldm_configs.SCALING_FACTOR
+        try:
+            unet = ldm_configs.unet_config(shapes, form)
+            vae = ldm_configs.vae_config(shapes, form, scale)
+            text = ldm_configs.text_config(shapes, form)
+        except KeyError as error:
+            raise ModelError(f"{self._file.path} is incomplete: it has no tensor {error}.") from error
+        prediction = self._prediction_type()
+        if prediction == "v_prediction":
+            unet["sample_size"] = 96
+        return Configs(unet, vae, CLIPTextConfig(**text), {**ldm_configs.SCHEDULER, "prediction_type": prediction})
+
+    def unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
+        """As in Layout."""
+        with init_empty_weights():
+            network = cast(UNet2DConditionModel, UNet2DConditionModel.from_config(self.configs().unet))
+        return self._filled(network, "unet", dtype)
+
+    def vae(self, dtype: torch.dtype) -> AutoencoderKL:
+        """As in Layout."""
+        with init_empty_weights():
+            network = cast(AutoencoderKL, AutoencoderKL.from_config(self.configs().vae))
+        return self._filled(network, "vae", dtype)
+
+    def text_encoder(self, dtype: torch.dtype) -> CLIPTextModel:
+        """As in Layout."""
+        with init_empty_weights():
+            network = CLIPTextModel(self.configs().text_encoder)
+        return self._filled(network, "text_encoder", dtype)
+
+    def tokenizer(self) -> CLIPTokenizer:
+        """As in Layout."""
+        return tokenizers.for_single_file(self._section, pad_with_zero=ldm_configs.is_v2(self._file.shapes))
+
+    def _prediction_type(self) -> str:
+        asked = self._section.prediction_type or _prediction_from(self._file.metadata)
+        if asked is None and ldm_configs.is_v2(self._file.shapes):
+            raise ModelError(
+                f"{self._file.path} is a Stable Diffusion v2 checkpoint, and its tensors do not tell what it predicts: "
+                f"set model.prediction_type: epsilon (the 512 base) or v_prediction (the 768 model)."
+            )
+        return asked or "epsilon"
+
+    def _claimed(self) -> dict[str, Claim]:
+        """Name in the file → where it belongs. Raises ModelError for names that nothing explains."""
+        form = self._structure
+        claims = {name: found for name in self._file.shapes if (found := claim(name, form)) is not None}
+        unknown = [name for name in self._file.shapes if name not in claims and not is_unused(name, form)]
+        if unknown:
+            raise ModelError(
+                f"{self._file.path} holds {_some(unknown)}, which no Stable Diffusion v1 or v2 network has."
+            )
+        return claims
+
+    def _filled(self, network: N, component: str, dtype: torch.dtype) -> N:
+        """Put the component's tensors into `network`, which lies on the meta device: one copy, in `dtype`."""
+        prefix = "text_model." if hasattr(network, "text_model") else ""
+        wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+        state: dict[str, Tensor] = {}
+        for name, found in self._claims.items():
+            if found.component == component:
+                state.update(unpacked(self._file.read(name).to(dtype), found, prefix))
+        self._check(component, wanted, {name: tuple(tensor.shape) for name, tensor in state.items()})
+        network.load_state_dict(state, strict=True, assign=True)
+        return network
+
+    def _check(self, component: str, wanted: Mapping[str, Any], got: Mapping[str, Any]) -> None:
+        path = self._file.path
+        if missing := [name for name in wanted if name not in got]:
+            raise ModelError(f"{path} is incomplete: its {component} lacks {_some(missing)}.")
+        if extra := [name for name in got if name not in wanted]:
+            raise ModelError(f"{path} holds {_some(extra)}, which a Stable Diffusion {component} does not have.")
+        if odd := [name for name in wanted if wanted[name] != got[name]]:
+            shapes = f"{list(got[odd[0]])}, not {list(wanted[odd[0]])}"
+            raise ModelError(f"{path}: {_some(odd)} of the {component} have the wrong shape (the first {shapes}).")
+
+
+def unpacked(tensor: Tensor, found: Claim, prefix: str = "") -> dict[str, Tensor]:
+    """One tensor of the file as the diffusers network holds it: name → tensor, sharing memory where it can."""
+    if found.form == "packed":
+        # Copies, as views of one storage cannot be saved one by one.
+        return {prefix + name: part.clone() for name, part in zip(found.names, tensor.chunk(3), strict=True)}
+    if found.form == "pointwise" and tensor.ndim > 2:
+        tensor = tensor.reshape(tensor.shape[0], -1)
+    return {prefix + found.names[0]: tensor}
+
+
+def _recognise(file: CheckpointFile) -> None:
+    """Raise ModelError where the file is something else than an SD v1 or v2 checkpoint, naming what it is."""
+    names = list(file.shapes)
+    if any(mark in name for name in names for mark in _ADAPTER_MARKS):
+        raise ModelError(
+            f"{file.path} is an adapter (LoRA or similar), not a base model. Give the base it was trained on as "
+            f"the base, and this file as --adapter."
+        )
+    for prefix, what in _OTHER_MODELS.items():
+        if any(name.startswith(prefix) for name in names):
+            raise ModelError(f"{file.path} is {what}. Supported so far: Stable Diffusion v1 and v2, text to image.")
+    missing = [part for part, prefixes in _PARTS.items() if not any(name.startswith(prefixes) for name in names)]
+    if missing:
+        raise ModelError(
+            f"{file.path} has no {' and no '.join(missing)}; it begins with {_some(names)}. A single-file base holds "
+            f"{', '.join(prefixes[0] + '*' for prefixes in _PARTS.values())} tensors. For a diffusers network give its "
+            f"pipeline's folder instead."
+        )
+
+
+def _prediction_from(metadata: Mapping[str, str]) -> str | None:
+    """What the header says, by the ModelSpec standard (Stability AI)."""
+    names = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
+    said = names.get(metadata.get("modelspec.prediction_type", ""))
+    by_architecture = {"stable-diffusion-v2-768-v": "v_prediction", "stable-diffusion-v2-512": "epsilon"}
+    return said or by_architecture.get(metadata.get("modelspec.architecture", ""))
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

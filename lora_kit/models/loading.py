@@ -1,0 +1,141 @@
+"""From the recipe's `model` section to a ModelBundle."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from lora_kit.errors import ModelError
+from lora_kit.models import tokenizers
+from lora_kit.models.bundle import ModelBundle
+from lora_kit.models.checkpoint_file import SUFFIXES, open_checkpoint
+from lora_kit.models.diffusers_layout import DiffusersBase
+from lora_kit.models.families import recognise
+from lora_kit.models.layout import Configs, Layout
+from lora_kit.models.ldm_layout import LdmCheckpoint
+from lora_kit.recipe.sections import ModelSection
+
+TINY = "tiny"
+TINY_FOLDER = Path(__file__).parent.parent / "assets" / "tiny_base"
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def load_bundle(
+    section: ModelSection,
+    dtype: torch.dtype = torch.float32,
+    vae_dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> ModelBundle:
+    """Load a base on the CPU, frozen and in eval mode.
+
+    UNet and text encoder are read straight into `dtype`, the VAE into `vae_dtype` (SD's overflows in fp16): one
+    copy in memory. With `weights: fresh`, UNet and text encoder are initialised from `seed` instead.
+    Raises ModelError where the base cannot be found, recognised or read.
+    """
+    with open_layout(section) as layout:
+        configs = layout.configs()
+        fresh = section.weights == "fresh"
+        bundle = ModelBundle(
+            **_facts(section, configs),
+            unet=fresh_unet(configs, dtype, seed) if fresh else layout.unet(dtype),
+            vae=layout.vae(vae_dtype),
+            text_encoder=fresh_text_encoder(configs, dtype, seed) if fresh else layout.text_encoder(dtype),
+            tokenizer=layout.tokenizer(),
+        )
+    tokenizers.check(bundle.tokenizer, configs.text_encoder.vocab_size, section.base)
+    for network in (bundle.unet, bundle.vae, bundle.text_encoder):
+        network.eval().requires_grad_(False)
+    return bundle
+
+
+def skeleton(section: ModelSection) -> ModelBundle:
+    """Lay a base out on the meta device, from its configs alone: shapes without weights, and no tokenizer.
+
+    Of a single file only the header is read, of a hub id only the config files are fetched.
+    """
+    with open_layout(section) as layout:
+        configs = layout.configs()
+    with torch.device("meta"):
+        return ModelBundle(
+            **_facts(section, configs),
+            unet=cast(UNet2DConditionModel, UNet2DConditionModel.from_config(configs.unet)),
+            vae=cast(AutoencoderKL, AutoencoderKL.from_config(configs.vae)),
+            text_encoder=CLIPTextModel(configs.text_encoder),
+            tokenizer=None,
+        )
+
+
+@contextmanager
+def open_layout(section: ModelSection) -> Generator[Layout]:
+    """Find out what `section.base` is and open it. A path that exists wins over a hub id of the same name."""
+    base = section.base
+    if base == TINY:
+        yield DiffusersBase(_tiny_folder(), section)
+        return
+    path = Path(base).expanduser()
+    if path.is_dir():
+        yield DiffusersBase(path, section)
+    elif path.is_file():
+        _check_suffix(path)
+        with open_checkpoint(path) as file:
+            yield LdmCheckpoint(file, section)
+    elif path.suffix in SUFFIXES or not _HUB_ID.fullmatch(base) or base.startswith("."):
+        raise ModelError(
+            f"model.base: there is no file or folder {path.absolute()}. A base is a diffusers folder, a .safetensors "
+            f"or .ckpt file, a hub id such as owner/name, or `tiny`."
+        )
+    else:
+        yield DiffusersBase(base, section)
+
+
+def fresh_unet(configs: Configs, dtype: torch.dtype, seed: int) -> UNet2DConditionModel:
+    """A UNet with new weights. The global random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network: Any = cast(UNet2DConditionModel, UNet2DConditionModel.from_config(configs.unet))
+    return network.to(dtype)
+
+
+def fresh_text_encoder(configs: Configs, dtype: torch.dtype, seed: int) -> CLIPTextModel:
+    """A text encoder with new weights. The global random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 1)
+        network: Any = CLIPTextModel(CLIPTextConfig.from_dict(configs.text_encoder.to_dict()))
+    return network.to(dtype)
+
+
+def _facts(section: ModelSection, configs: Configs) -> dict[str, Any]:
+    """The bundle's fields that need no network; known before any weight is read."""
+    prediction_type = section.prediction_type or configs.scheduler.get("prediction_type", "epsilon")
+    if prediction_type not in ("epsilon", "v_prediction"):
+        raise ModelError(
+            f"{section.base}: its scheduler says that the network predicts {prediction_type!r}; supported are epsilon "
+            f"and v_prediction. If the config is wrong, set model.prediction_type."
+        )
+    return {
+        "family": recognise(configs.unet, configs.text_encoder.hidden_size, section.base),
+        "scheduler_config": configs.scheduler,
+        "prediction_type": prediction_type,
+        "source": section.base,
+    }
+
+
+def _tiny_folder() -> Path:
+    if not TINY_FOLDER.is_dir():
+        raise ModelError(
+            f"model.base: tiny is the base that ships with lora_kit, but this installation has no {TINY_FOLDER}. "
+            f"Install the package anew, or rebuild it with scripts/tiny_base."
+        )
+    return TINY_FOLDER
+
+
+def _check_suffix(path: Path) -> None:
+    if path.suffix not in SUFFIXES:
+        raise ModelError(f"model.base: {path} is a {path.suffix or 'nameless'} file; a base is {', '.join(SUFFIXES)}.")

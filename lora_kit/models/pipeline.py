@@ -1,0 +1,73 @@
+"""A bundle as diffusers' own pipeline, for drawing pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import diffusers
+from torch import Tensor, nn
+
+from lora_kit.errors import ModelError, did_you_mean
+from lora_kit.models.bundle import ModelBundle
+
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "pndm": "PNDMScheduler",
+}
+
+# Where the base's config is silent: SD's own values. Clipping is for pixels in -1..1; latents go beyond.
+_LATENT_DEFAULTS = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "skip_prk_steps": True}
+
+
+def scheduler_named(name: str, config: Mapping[str, Any]) -> Any:
+    """A sampler over the base's noise schedule: `ddim`, `dpm++`, `euler` or `pndm`.
+
+    `config` is a scheduler_config.json of any diffusers scheduler. Raises ModelError for an unknown name.
+    """
+    if name not in SCHEDULERS:
+        raise ModelError(
+            f"Unknown sampler {name!r}; known are {', '.join(SCHEDULERS)}.{did_you_mean(name, SCHEDULERS)}"
+        )
+    scheduler: Any = getattr(diffusers, SCHEDULERS[name])
+    return scheduler.from_config({**_LATENT_DEFAULTS, **config})
+
+
+def pipeline(bundle: ModelBundle, scheduler: str = "ddim") -> diffusers.StableDiffusionPipeline:
+    """diffusers' StableDiffusionPipeline around the bundle's own networks (not copies), without progress bar.
+
+    No safety checker: it judges photographs and is no part of the base. A VAE of another precision than the UNet
+    casts what it is given.
+    """
+    _cast_on_entry(bundle.vae)
+    config = {**bundle.scheduler_config, "prediction_type": bundle.prediction_type}
+    make: Any = diffusers.StableDiffusionPipeline  # annotated as if its optional parts were not
+    pipe: Any = make(
+        vae=bundle.vae,
+        text_encoder=bundle.text_encoder,
+        tokenizer=bundle.tokenizer,
+        unet=bundle.unet,
+        scheduler=scheduler_named(scheduler, config),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _cast_to_own(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Forward pre-hook: casts a layer's input to its weight's dtype."""
+    weight: Any = layer.weight
+    return (inputs[0].to(weight.dtype), *inputs[1:])
+
+
+def _cast_on_entry(vae: diffusers.AutoencoderKL) -> None:
+    """Let an fp32 VAE decode what a bf16 UNet made: diffusers hands the latents over as they are."""
+    layers: tuple[Any, ...] = (vae.post_quant_conv, vae.decoder.conv_in)
+    for layer in layers:
+        if layer is not None and not getattr(layer, "_casts_input", False):
+            layer.register_forward_pre_hook(_cast_to_own)
+            layer._casts_input = True

@@ -1,0 +1,100 @@
+"""Finding the CLIP tokenizer of a base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import CLIPTokenizer
+
+from lora_kit.errors import ModelError
+from lora_kit.recipe.sections import ModelSection
+
+_FILES = ("tokenizer.json", "vocab.json")
+# All hold CLIP's one vocabulary. The first is asked of the hub, the others only of the local cache.
+_KNOWN = (
+    ("openai/clip-vit-large-patch14", ""),
+    ("stable-diffusion-v1-5/stable-diffusion-v1-5", "tokenizer"),
+    ("runwayml/stable-diffusion-v1-5", "tokenizer"),
+    ("CompVis/stable-diffusion-v1-4", "tokenizer"),
+    ("stabilityai/stable-diffusion-2-1", "tokenizer"),
+    ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", ""),
+)
+
+
+def for_single_file(section: ModelSection, pad_with_zero: bool) -> CLIPTokenizer:
+    """The tokenizer of a checkpoint that carries none: the one named, else a cached or downloaded CLIP's.
+
+    `pad_with_zero`: OpenCLIP pads captions with token 0 ("!") where CLIP repeats the end token, and SD2 was
+    trained so. Raises ModelError, saying how to give one.
+    """
+    tokenizer = named(section.tokenizer) if section.tokenizer else _known(section.base)
+    if pad_with_zero:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
+def named(name: str) -> CLIPTokenizer:
+    """The tokenizer at a folder (or its `tokenizer` folder) or a hub id."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return _from_hub(name)
+    for candidate in (folder, folder / "tokenizer"):
+        if any((candidate / file).is_file() for file in _FILES):
+            return CLIPTokenizer.from_pretrained(candidate)
+    raise ModelError(f"model.tokenizer: {folder} holds neither {' nor '.join(_FILES)} (nor does its tokenizer folder).")
+
+
+def from_folder(folder: Path) -> CLIPTokenizer:
+    """The tokenizer of a diffusers folder. transformers would make an empty one where its files are missing."""
+    if not any((folder / file).is_file() for file in _FILES):
+        raise ModelError(f"{folder} holds neither {' nor '.join(_FILES)}: copy the base's whole tokenizer folder.")
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def is_empty(tokenizer: Any) -> bool:
+    """Whether there are no tokens but the special ones: what transformers makes of a source it cannot find."""
+    return len(tokenizer) <= len(tokenizer.all_special_tokens)
+
+
+def check(tokenizer: Any, vocabulary: int, source: str) -> None:
+    """Raise ModelError if the tokenizer is empty, or gives ids that the text encoder has no embedding for."""
+    if is_empty(tokenizer):
+        raise ModelError(f"{source}: its tokenizer is empty. Give a whole one as model.tokenizer.")
+    if len(tokenizer) > vocabulary:
+        raise ModelError(
+            f"{source}: the tokenizer has {len(tokenizer)} tokens, the text encoder {vocabulary} embeddings. "
+            f"They do not belong together: give the base's own tokenizer as model.tokenizer."
+        )
+
+
+def _from_hub(name: str) -> CLIPTokenizer:
+    tokenizer = _asked(name)
+    if tokenizer is None:
+        raise ModelError(
+            f"model.tokenizer: {name} is neither a folder here nor a CLIP tokenizer that could be had from the hub or "
+            f"its local cache. Give a folder that holds tokenizer.json, or vocab.json and merges.txt."
+        )
+    return tokenizer
+
+
+def _known(base: str) -> CLIPTokenizer:
+    tries = [(name, subfolder, True) for name, subfolder in _KNOWN] + [(*_KNOWN[0], False)]
+    for name, subfolder, cached_only in tries:
+        tokenizer = _asked(name, subfolder=subfolder, local_files_only=cached_only)
+        if tokenizer is not None:
+            return tokenizer
+    raise ModelError(
+        f"{base}: a single-file checkpoint carries no tokenizer, none of {', '.join(name for name, _ in _KNOWN)} is in "
+        f"the local cache, and the hub could not be reached for the first. Set model.tokenizer to a folder that holds "
+        f"tokenizer.json (or vocab.json and merges.txt), such as the tokenizer folder of any SD base."
+    )
+
+
+def _asked(name: str, **options: Any) -> CLIPTokenizer | None:
+    """The tokenizer of a hub id, or None if it cannot be had."""
+    try:
+        tokenizer: Any = CLIPTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError):
+        return None
+    return None if is_empty(tokenizer) else tokenizer

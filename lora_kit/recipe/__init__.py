@@ -1,0 +1,37 @@
+"""Recipes: what to train, on what, and how. Imports no torch."""
+
+from lora_kit.recipe.load import dump_recipe, load_recipe, recipe_schema
+from lora_kit.recipe.paths import describe_lookup
+from lora_kit.recipe.sections import (
+    DataSection,
+    ModelSection,
+    ObjectiveSection,
+    OptimizerSection,
+    PresetRules,
+    Recipe,
+    SaveSection,
+    ScheduleSection,
+    SourceSection,
+    TargetRule,
+    TrainSection,
+    ValidationSection,
+)
+
+__all__ = [
+    "DataSection",
+    "ModelSection",
+    "ObjectiveSection",
+    "OptimizerSection",
+    "PresetRules",
+    "Recipe",
+    "SaveSection",
+    "ScheduleSection",
+    "SourceSection",
+    "TargetRule",
+    "TrainSection",
+    "ValidationSection",
+    "describe_lookup",
+    "dump_recipe",
+    "load_recipe",
+    "recipe_schema",
+]

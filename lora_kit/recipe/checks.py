@@ -1,0 +1,111 @@
+"""Checks between sections of a recipe: what each section allows by itself, but the run as a whole cannot do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from lora_kit.recipe.base import Problem
+from lora_kit.recipe.rules import PresetRules, TargetRule
+
+if TYPE_CHECKING:
+    from lora_kit.recipe.sections import Recipe
+
+
+def recipe_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Everything wrong between the sections of `recipe`, whose fields are each valid."""
+    yield from _one_method(recipe)
+    yield from _text_encoder_rate(recipe)
+    yield from _steps(recipe)
+    yield from _schedule(recipe)
+    yield from _validation(recipe)
+
+
+class _Placed(NamedTuple):
+    path: tuple[str | int, ...]
+    rule: PresetRules | TargetRule
+
+
+def _placed_rules(recipe: Recipe) -> Iterator[_Placed]:
+    """Every preset and rule with its path, in order."""
+    if isinstance(recipe.targets, PresetRules):
+        yield from _with_followers(("targets",), recipe.targets)
+        return
+    for index, item in enumerate(recipe.targets):
+        yield from _with_followers(("targets", index), item)
+
+
+def _with_followers(path: tuple[str | int, ...], item: PresetRules | TargetRule) -> Iterator[_Placed]:
+    yield _Placed(path, item)
+    if isinstance(item, PresetRules):
+        for index, rule in enumerate(item.rules):
+            yield _Placed((*path, "rules", index), rule)
+
+
+def _trains(rule: PresetRules | TargetRule) -> bool:
+    return isinstance(rule, PresetRules) or not rule.exclude
+
+
+def _one_method(recipe: Recipe) -> Iterator[Problem]:
+    trained = [placed for placed in _placed_rules(recipe) if _trains(placed.rule)]
+    if not trained:
+        yield Problem(("targets",), "every rule has `exclude: true`, so nothing would be trained; add one without.")
+        return
+    first = trained[0]
+    for path, rule in trained[1:]:
+        if rule.method != first.rule.method:
+            before = ".".join(map(str, first.path))
+            said = f"`method: {rule.method}` beside `method: {first.rule.method}` of {before}: train one or the other."
+            yield Problem((*path, "method"), said)
+
+
+def _text_encoder_rate(recipe: Recipe) -> Iterator[Problem]:
+    picks = any(_may_pick_text_encoder(rule) for _, rule in _placed_rules(recipe) if _trains(rule))
+    if recipe.optimizer.text_encoder_lr is not None and not picks:
+        said = "no rule picks from the text encoder, so this rate would do nothing; "
+        fix = "set `text_encoder: true` beside `preset`, add a rule such as `match: text_encoder.**`, or remove it."
+        yield Problem(("optimizer", "text_encoder_lr"), said + fix)
+
+
+def _may_pick_text_encoder(rule: PresetRules | TargetRule) -> bool:
+    """Exact for presets and globs that start with a plain name; a regular expression may pick anything."""
+    if isinstance(rule, PresetRules):
+        return rule.text_encoder
+    return not rule.match.startswith("unet")
+
+
+def _steps(recipe: Recipe) -> Iterator[Problem]:
+    micro, batch = recipe.train.micro_batch_size, recipe.data.batch_size
+    if micro is not None and micro > batch:
+        said = f"got {micro}, but one optimizer step has only `data.batch_size` = {batch} pictures."
+        yield Problem(("train", "micro_batch_size"), f"{said} Make this at most {batch}, or raise data.batch_size.")
+    if recipe.train.overwrite and recipe.train.resume is not None:
+        said = "`overwrite: true` begins anew, `train.resume` goes on from a checkpoint: keep one of them."
+        yield Problem(("train", "overwrite"), said)
+
+
+def _schedule(recipe: Recipe) -> Iterator[Problem]:
+    schedule, steps = recipe.schedule, recipe.train.max_steps
+    if schedule.warmup_steps > steps:
+        said = f"got {schedule.warmup_steps}, but the run ends after `train.max_steps` = {steps}, before the warm-up."
+        yield Problem(("schedule", "warmup_steps"), f"{said} Make this at most {steps}.")
+    elif schedule.warmup_steps + schedule.decay_steps > steps:
+        said = f"got {schedule.decay_steps}, but {steps - schedule.warmup_steps} steps are left after the warm-up"
+        yield Problem(("schedule", "decay_steps"), f"{said} (`train.max_steps` = {steps}). Make this at most that.")
+    if schedule.decay_steps and schedule.name != "constant":
+        said = f"does nothing with `name: {schedule.name}`, which falls to zero by itself; remove it."
+        yield Problem(("schedule", "decay_steps"), said)
+
+
+def _validation(recipe: Recipe) -> Iterator[Problem]:
+    held_out = recipe.validation.held_out
+    if held_out is None:
+        if recipe.validation.retrieval:
+            said = "`retrieval: true` needs `validation.held_out`: captions to draw and pictures to compare with."
+            yield Problem(("validation", "retrieval"), said)
+        return
+    for index, source in enumerate(recipe.data.sources):
+        same = ("path", "config", "split", "where")
+        if all(getattr(source, key) == getattr(held_out, key) for key in same):
+            said = f"is the same set as data.sources.{index}, which is trained on; "
+            yield Problem(("validation", "held_out"), f"{said}name other pictures, or part them with `where`.")

@@ -1,0 +1,145 @@
+"""The `targets:` section: rules and presets that pick layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, TypeAlias, cast
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
+
+from lora_kit.recipe.base import Decay, Method, Positive, Problem, Section, refuse
+
+PresetName = Literal["attention", "kohya", "kohya-conv", "all-linear", "all"]
+
+
+class TargetRule(Section):
+    """One rule. Rules are read in order and the last one that matches a module decides."""
+
+    match: str
+    """Glob over dotted module names that start with the component (`unet`, `text_encoder`): `*` is any text
+    within one name, `**` any number of names, `{a,b}` alternatives. `re:` starts a regular expression that
+    must match the whole name."""
+    kind: Literal["linear", "conv", "any"] = "any"
+    """Which layers the glob may pick. Default: both."""
+    exclude: bool = False
+    """Take the matched modules out again."""
+    method: Method = "lora"
+    """`lora`: low-rank update (Hu et al. 2021). `full`: train the module's own weights."""
+    rank: Positive = 16
+    """Rank r of the update. Higher holds more detail and costs memory in proportion."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """The update is scaled by alpha / rank. Default: alpha = rank, a scale of 1."""
+    dropout: Decay = 0.0
+    """Probability of dropping an input feature of the adapter while training."""
+    lr_scale: Annotated[float, Field(gt=0)] = 1.0
+    """Factor on the learning rate of the modules this rule decides."""
+
+    @field_validator("match")
+    @classmethod
+    def _readable(cls, match: str) -> str:
+        refuse("TargetRule", _match_problems(match))
+        return match
+
+    @model_validator(mode="after")
+    def _nothing_idle(self) -> TargetRule:
+        if self.exclude:
+            why = "does nothing in a rule with `exclude: true`; remove it"
+            refuse("TargetRule", _idle(self, ("method", "rank", "alpha", "dropout", "lr_scale"), why))
+        else:
+            refuse("TargetRule", _idle_when_full(self))
+        return self
+
+
+class PresetRules(Section):
+    """A named list of rules, optionally with the text encoder and followed by rules of your own."""
+
+    preset: PresetName
+    """`attention`: q, k, v, out of the UNet. `kohya`: sd-scripts' default. `kohya-conv`: its convolutions as
+    well. `all-linear`, `all`: every linear (and convolution) of the UNet."""
+    text_encoder: bool = False
+    """Also the text encoder's q, k, v, out, fc1, fc2 (sd-scripts' default there)."""
+    method: Method = "lora"
+    """As in a rule."""
+    rank: Positive = 16
+    """As in a rule."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """As in a rule."""
+    dropout: Decay = 0.0
+    """As in a rule."""
+    lr_scale: Annotated[float, Field(gt=0)] = 1.0
+    """As in a rule."""
+    rules: list[TargetRule] = Field(default=[])
+    """Rules that follow the preset's."""
+
+    @model_validator(mode="after")
+    def _nothing_idle(self) -> PresetRules:
+        refuse("PresetRules", _idle_when_full(self))
+        return self
+
+
+def _tag(value: object) -> str | None:
+    """Which of the two a mapping is, by the key only it has."""
+    if isinstance(value, PresetRules):
+        return "<preset>"
+    if isinstance(value, TargetRule):
+        return "<rule>"
+    if not isinstance(value, dict):
+        return None
+    keys = cast("dict[str, Any]", value)
+    if "preset" in keys:
+        return "<preset>"
+    return "<rule>" if "match" in keys else None
+
+
+def _form(value: object) -> str | None:
+    """A list, or one preset alone."""
+    return "<list>" if isinstance(value, list) else _tag(value)
+
+
+def _listed(value: object) -> object:
+    """A single rule stands for a list of one."""
+    return [value] if _form(value) == "<rule>" else value
+
+
+_NEITHER = (
+    "needs the key `preset` (attention, kohya, kohya-conv, all-linear, all) or the key `match` "
+    "(a glob over module names)."
+)
+TargetItem: TypeAlias = Annotated[
+    Annotated[PresetRules, Tag("<preset>")] | Annotated[TargetRule, Tag("<rule>")],
+    Discriminator(_tag, custom_error_type="targets", custom_error_message=_NEITHER),
+]
+"""An item of a list under `targets:`; the mapping's own key says which."""
+Targets: TypeAlias = Annotated[
+    Annotated[PresetRules, Tag("<preset>")] | Annotated[list[TargetItem], Field(min_length=1), Tag("<list>")],
+    Discriminator(_form, custom_error_type="targets", custom_error_message=_NEITHER),
+    BeforeValidator(_listed),
+]
+"""All of `targets:`: one preset, one rule, or a list of both."""
+SECTION_OF_TAG: dict[str, type[Section]] = {"<preset>": PresetRules, "<rule>": TargetRule}
+"""The tags that pydantic puts into error paths, and what they stand for."""
+
+
+def _idle(section: TargetRule | PresetRules, keys: tuple[str, ...], why: str) -> Iterator[Problem]:
+    fields = type(section).model_fields
+    for key in keys:
+        value = getattr(section, key)
+        if value != fields[key].default:
+            yield Problem((key,), f"`{key}: {value}` {why}.")
+
+
+def _idle_when_full(section: TargetRule | PresetRules) -> Iterator[Problem]:
+    if section.method == "full":
+        why = "does nothing with `method: full`, which trains the layer's own weights; remove it, or use `method: lora`"
+        yield from _idle(section, ("rank", "alpha", "dropout"), why)
+
+
+def _match_problems(match: str) -> Iterator[Problem]:
+    if not match.strip():
+        yield Problem((), "is empty; write a glob such as `unet.**.to_q`.")
+    if match.startswith("re:"):
+        try:
+            re.compile(match[3:])
+        except re.error as error:
+            yield Problem((), f"`{match}` is not a regular expression: {error}.")

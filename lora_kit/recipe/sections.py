@@ -1,0 +1,237 @@
+"""The recipe's sections: frozen, every key known, every field with its unit, base and the reason for its default.
+
+This module imports no torch: a recipe is checked before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from lora_kit.recipe.base import (
+    Decay,
+    Fraction,
+    Method,
+    NonNegative,
+    PathText,
+    Positive,
+    Precision,
+    Section,
+    refuse,
+)
+from lora_kit.recipe.checks import recipe_problems
+from lora_kit.recipe.rules import PresetName, PresetRules, TargetItem, TargetRule, Targets
+
+__all__ = [
+    "DataSection",
+    "Method",
+    "ModelSection",
+    "ObjectiveSection",
+    "OptimizerSection",
+    "Precision",
+    "PresetName",
+    "PresetRules",
+    "Recipe",
+    "SaveSection",
+    "ScheduleSection",
+    "Section",
+    "SourceSection",
+    "TargetItem",
+    "TargetRule",
+    "Targets",
+    "TrainSection",
+    "ValidationSection",
+]
+
+
+class ModelSection(Section):
+    """What is trained on."""
+
+    base: PathText = "tiny"
+    """A diffusers folder, a `.safetensors` / `.ckpt` checkpoint, a hub id, or `tiny` (the packaged base)."""
+    revision: str | None = None
+    """Git revision of a hub id. Ignored for local bases."""
+    variant: str | None = None
+    """File variant of a hub id or folder, such as `fp16`."""
+    tokenizer: PathText | None = None
+    """Folder or hub id of the CLIP tokenizer, for a single-file checkpoint (it carries none)."""
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """What the network predicts. Default: what the base's scheduler config says."""
+    weights: Literal["pretrained", "fresh"] = "pretrained"
+    """`fresh` initialises UNet and text encoder anew from the base's configs (the VAE keeps its weights)."""
+
+
+class SourceSection(Section):
+    """One set of captioned pictures."""
+
+    path: PathText
+    """A folder (metadata.jsonl / metadata.csv, or pictures with `.txt` / `.caption` beside them), or a data set
+    that HF `datasets` can load. Relative paths are relative to the recipe's folder."""
+    config: str | None = None
+    """Configuration name of an HF data set."""
+    split: str = "train"
+    """Split of an HF data set."""
+    image_column: str = "image"
+    """Column with the picture, for an HF data set."""
+    caption_column: str = "text"
+    """Column (of the data set, or of metadata.jsonl / .csv) with the caption."""
+    repeats: Positive = 1
+    """How often each picture appears in an epoch."""
+    where: dict[str, list[str]] = Field(default={})
+    """Only records whose column holds one of these values, such as `{kind: [thing]}`."""
+
+
+class DataSection(Section):
+    """Pictures, captions, and how they become a batch."""
+
+    sources: Annotated[list[SourceSection], Field(min_length=1)]
+    """One or more sets; an epoch goes through all of them."""
+    resolution: Annotated[int, Field(ge=8, multiple_of=8)] = 512
+    """Side of the square training picture, pixels. 512 is what SD 1.x and 2.x-base were trained on."""
+    batch_size: Positive = 4
+    """Pictures in one optimizer step, over all processes and micro-batches."""
+    crop: Literal["center", "random"] = "center"
+    """Where the square is cut after the shorter side is resized to `resolution`."""
+    flip: bool = False
+    """Mirror each picture with probability one half. Off: text and asymmetry are part of most subjects."""
+    trigger: str = ""
+    """Word put before every caption; written into the adapter's header."""
+    caption_dropout: Fraction = 0.0
+    """Probability that a caption is replaced by the empty one (trains classifier-free guidance)."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """A broken picture or missing caption stops the run, or is skipped, counted and listed at the end."""
+    cache: Literal["memory", "none"] = "memory"
+    """Keep each picture's latent distribution in memory, so that the VAE encodes it once (32 KiB a picture at
+    512 px). Not used with `crop: random`."""
+    workers: NonNegative = 0
+    """Processes that load pictures ahead. 0 loads them between steps."""
+
+
+class ObjectiveSection(Section):
+    """What is minimised."""
+
+    min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
+    """Min-SNR loss weight (Hang et al. 2023); 5 is the paper's. Default: plain mean squared error."""
+    noise_offset: Annotated[float, Field(ge=0)] = 0.0
+    """Standard deviation of a per-channel constant added to the noise, for darker darks. 0.05 is usual."""
+
+
+class OptimizerSection(Section):
+    """How weights are updated."""
+
+    name: Literal["adamw", "adamw8bit"] = "adamw"
+    """`adamw8bit` is bitsandbytes': a quarter of the optimizer's memory."""
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    """Learning rate of the UNet's modules."""
+    text_encoder_lr: Annotated[float, Field(gt=0)] | None = None
+    """Learning rate of the text encoder's modules. Default: half of `lr`."""
+    betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.999)
+    """Decay of AdamW's first and second moments."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Decoupled weight decay."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's denominator floor."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Gradients are scaled down to this global 2-norm. 0 does not clip."""
+
+
+class ScheduleSection(Section):
+    """Learning rate over time."""
+
+    name: Literal["constant", "cosine"] = "constant"
+    """After the warm-up: stay, or fall to zero along half a cosine by `train.max_steps`."""
+    warmup_steps: NonNegative = 0
+    """Optimizer steps over which the rate rises linearly from zero."""
+    decay_steps: NonNegative = 0
+    """Last optimizer steps of a `constant` schedule, over which the rate falls linearly to zero (Hu et al. 2024,
+    "warmup-stable-decay": the end of the run can be moved without changing what came before)."""
+
+
+class TrainSection(Section):
+    """Length and mechanics of the run."""
+
+    max_steps: Positive = 1000
+    """Optimizer steps."""
+    micro_batch_size: Positive | None = None
+    """Pictures in one forward pass. Smaller needs less memory; the step's result is the same to rounding.
+    Default: `data.batch_size` / processes."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Autocast of the forward pass. The frozen base is then held in this precision itself; trainable weights
+    stay fp32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: a third slower, far less memory."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Keep an exponential moving average of the trained weights and save that. 0.999 for long full runs."""
+    log_every: Positive = 10
+    """Optimizer steps between lines of metrics.jsonl."""
+    resume: PathText | None = None
+    """`latest`: go on from the newest whole checkpoint of `output_dir`, or begin if there is none. Or a
+    checkpoint's folder."""
+    overwrite: bool = False
+    """Remove what an earlier run left in `output_dir` and begin anew. Without it such a folder is refused."""
+
+
+class SaveSection(Section):
+    """What is written, and when."""
+
+    every: NonNegative = 500
+    """Optimizer steps between checkpoints. 0: only at the end and on a signal."""
+    keep: Positive = 2
+    """Checkpoints kept; older ones of this run are removed."""
+    format: Literal["kohya"] = "kohya"
+    """Layout of adapter.safetensors."""
+    dtype: Precision = "fp32"
+    """Precision of adapter.safetensors. fp16 halves the file."""
+    captions: bool = True
+    """Put caption statistics (`ss_tag_frequency`) and folder names into the header."""
+
+
+class ValidationSection(Section):
+    """Pictures and held-out loss while training, and the figures at its end."""
+
+    prompts: list[str] = Field(default=[])
+    """Prompts drawn at step 0, every `every` steps, and in the final grid."""
+    negative_prompt: str = ""
+    """Negative prompt of all validation pictures."""
+    every: NonNegative = 100
+    """Optimizer steps between validations. 0: only at step 0 and at the end."""
+    seed: NonNegative = 0
+    """Seed of all validation pictures and of the held-out noise."""
+    steps: Positive = 25
+    """Sampler steps."""
+    guidance: Annotated[float, Field(ge=0)] = 7.5
+    """Classifier-free guidance scale; 1 or less turns it off."""
+    strengths: list[float] = Field(default=[0.0, 0.5, 1.0], min_length=1)
+    """Adapter strengths of samples/final_grid.png, left to right."""
+    held_out: SourceSection | None = None
+    """Pictures that are not trained on: their loss is reported as the paired difference to the base."""
+    held_out_timesteps: Positive = 4
+    """Stratified timesteps per held-out picture."""
+    retrieval: bool = False
+    """At the end, draw every held-out caption at strength 0 and 1 and report style (mean saturation) and
+    subject (is the picture's nearest held-out picture its own, top-1 and top-5) figures."""
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    model: ModelSection = ModelSection()
+    targets: Targets = PresetRules(preset="attention")
+    """What is trained: one preset, one rule, or a list of both, read in order."""
+    data: DataSection
+    objective: ObjectiveSection = ObjectiveSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection = ScheduleSection()
+    train: TrainSection = TrainSection()
+    save: SaveSection = SaveSection()
+    validation: ValidationSection = ValidationSection()
+    output_dir: PathText = "runs/default"
+    """The run's folder. In a recipe, relative to the recipe's folder; as an override, to the current one."""
+    seed: NonNegative = 0
+    """Everything random derives from (seed, step, sample)."""
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Recipe:
+        refuse("Recipe", recipe_problems(self))
+        return self

@@ -1,0 +1,116 @@
+"""What the rules picked: plain data, and its JSON form for plan.json and adapter headers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from pydantic import TypeAdapter, ValidationError
+
+from lora_kit.errors import TargetError
+from lora_kit.recipe import TargetRule
+
+PLAN_FORMAT = 1
+"""Version of the JSON form."""
+
+
+class ModuleInfo(NamedTuple):
+    """One module that a rule can pick."""
+
+    name: str
+    """Dotted name that starts with the component: `unet.down_blocks.0.…`."""
+    kind: str
+    """`linear`, `conv`, or `other` (norms, embeddings: only `method: full` takes them)."""
+    shape: tuple[int, ...]
+    """The weight's shape: linear [out, in], conv [out, in, kh, kw]."""
+    parameters: int
+    """Count of the module's own parameters (weight and bias)."""
+
+    @property
+    def component(self) -> str:
+        """The name's first part: `unet`, `text_encoder`."""
+        return self.name.split(".", 1)[0]
+
+
+class Target(NamedTuple):
+    """One module, and what it gets."""
+
+    module: ModuleInfo
+    rule: int
+    """Index of the deciding rule in `TargetPlan.rules`."""
+    method: str
+    rank: int
+    """0 for `full`, which has no rank; so has `alpha`."""
+    alpha: float
+    dropout: float
+    lr_scale: float
+
+    @property
+    def parameters(self) -> int:
+        """Trainable parameters: r · (in·kh·kw + out) for LoRA, the module's own for `full`."""
+        if self.method == "full":
+            return self.module.parameters
+        out, *inputs = self.module.shape
+        return self.rank * (math.prod(inputs) + out)
+
+
+class PlanRule(NamedTuple):
+    """A rule and where it stands."""
+
+    path: str
+    """Path in the recipe: `targets.1`. The rules of one preset share theirs."""
+    preset: str | None
+    """Name of the preset it comes from."""
+    rule: TargetRule
+
+
+class TargetPlan(NamedTuple):
+    """What will be trained, in the module tree's order."""
+
+    targets: tuple[Target, ...]
+    rules: tuple[PlanRule, ...]
+    base_parameters: dict[str, int]
+    """Parameters of each component."""
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Sum over all targets."""
+        return sum(target.parameters for target in self.targets)
+
+
+class _PlanFile(NamedTuple):
+    format: int
+    targets: tuple[Target, ...]
+    rules: tuple[PlanRule, ...]
+    base_parameters: dict[str, int]
+
+
+_PLAN_FILE = TypeAdapter(_PlanFile)
+
+
+def plan_to_json(plan: TargetPlan) -> dict[str, Any]:
+    """The plan as JSON's own types, every field under its name; `plan_from_json` reads it back as an equal plan."""
+    return {
+        "format": PLAN_FORMAT,
+        "base_parameters": dict(plan.base_parameters),
+        "rules": [rule._asdict() | {"rule": rule.rule.model_dump()} for rule in plan.rules],
+        "targets": [_target_to_json(target) for target in plan.targets],
+    }
+
+
+def plan_from_json(document: Mapping[str, Any]) -> TargetPlan:
+    """Read what `plan_to_json` wrote. Raises TargetError if it is damaged or of another version."""
+    if document.get("format") != PLAN_FORMAT:
+        raise TargetError(f"got a plan of format {document.get('format')!r}; this version reads {PLAN_FORMAT}.")
+    try:
+        read = _PLAN_FILE.validate_python(dict(document))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise TargetError(f"the plan is damaged at `{where}`: {first['msg']}. Take it from the run again.") from error
+    return TargetPlan(read.targets, read.rules, read.base_parameters)
+
+
+def _target_to_json(target: Target) -> dict[str, Any]:
+    return target._asdict() | {"module": target.module._asdict() | {"shape": list(target.module.shape)}}

@@ -1,0 +1,93 @@
+"""Rules + module tree → plan. Pure functions; the module tree may lie on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from lora_kit.errors import TargetError
+from lora_kit.recipe import PresetRules, TargetRule
+from lora_kit.targeting.globs import Pattern, compile_pattern
+from lora_kit.targeting.names import spellings
+from lora_kit.targeting.plan import ModuleInfo, PlanRule, Target, TargetPlan
+from lora_kit.targeting.presets import flat_rules
+from lora_kit.targeting.problems import rule_problems
+
+
+def make_plan(
+    targets: PresetRules | Sequence[PresetRules | TargetRule],
+    tree: Sequence[ModuleInfo],
+    base_parameters: Mapping[str, int] | None = None,
+) -> TargetPlan:
+    """Let every rule pick from `tree` (see `module_tree`); the last rule that matches a module decides.
+
+    `base_parameters` (parameters of each component) is for the shares shown; the tree's own sums by default.
+    A rank above the layer's own dimensions is allowed, as in PEFT: it costs memory and does no harm.
+
+    Raises TargetError with everything wrong at once: a pattern that cannot be read, a rule that picks nothing
+    (with the nearest module names), an alternative in braces that matches nothing, an `exclude` that takes
+    nothing out, a rule or whole preset that later rules shadow (with those).
+    """
+    rules = flat_rules(targets)
+    if not rules:
+        raise TargetError("`targets` has no rule, so nothing would be trained. Add `preset: attention`, for one.")
+    patterns = _patterns(rules)
+    picks = [_picks(rule.rule, pattern, tree) for rule, pattern in zip(rules, patterns, strict=True)]
+    _refuse(rule_problems(rules, patterns, picks, tree))
+    deciding = {index: number for number, picked in enumerate(picks) for index in picked}
+    planned = tuple(
+        _target(tree[index], deciding[index], rules[deciding[index]].rule)
+        for index in sorted(deciding)
+        if not rules[deciding[index]].rule.exclude
+    )
+    return TargetPlan(planned, tuple(rules), dict(base_parameters or _sums(tree)))
+
+
+def _patterns(rules: Sequence[PlanRule]) -> list[Pattern]:
+    patterns: list[Pattern] = []
+    problems: list[str] = []
+    for path, _, rule in rules:
+        try:
+            patterns.append(compile_pattern(rule.match))
+        except TargetError as error:
+            problems.append(f"{path}.match: {error}")
+    _refuse(problems)
+    return patterns
+
+
+def _refuse(problems: Iterator[str] | Sequence[str]) -> None:
+    found = list(problems)
+    if found:
+        head = f"{len(found)} problems with the rules under `targets`:\n" if len(found) > 1 else ""
+        raise TargetError(head + "\n".join(found))
+
+
+def _picks(rule: TargetRule, pattern: Pattern, tree: Sequence[ModuleInfo]) -> list[int]:
+    """Indices of the modules that `rule` matches, in tree order."""
+    kinds = _kinds(rule)
+    return [
+        index
+        for index, module in enumerate(tree)
+        if module.kind in kinds and any(pattern.matches(name) for name in spellings(module.name))
+    ]
+
+
+def _kinds(rule: TargetRule) -> frozenset[str]:
+    """LoRA needs a matrix; whole weights can be trained, and anything be excluded, whatever the layer."""
+    if rule.kind != "any":
+        return frozenset({rule.kind})
+    every = rule.method == "full" or rule.exclude
+    return frozenset({"linear", "conv", "other"} if every else {"linear", "conv"})
+
+
+def _target(module: ModuleInfo, number: int, rule: TargetRule) -> Target:
+    if rule.method == "full":
+        return Target(module, number, "full", 0, 0.0, 0.0, rule.lr_scale)
+    alpha = float(rule.rank) if rule.alpha is None else rule.alpha
+    return Target(module, number, rule.method, rule.rank, alpha, rule.dropout, rule.lr_scale)
+
+
+def _sums(tree: Sequence[ModuleInfo]) -> dict[str, int]:
+    sums: dict[str, int] = {}
+    for module in tree:
+        sums[module.component] = sums.get(module.component, 0) + module.parameters
+    return sums

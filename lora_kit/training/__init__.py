@@ -1,0 +1,5 @@
+"""The training loop."""
+
+from lora_kit.training.run import Outcome, train
+
+__all__ = ["Outcome", "train"]

@@ -1,0 +1,141 @@
+"""Recipe → everything a run needs. Each object is built from its own section."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from lora_kit.adapters import inject, trainable_parameters
+from lora_kit.data import TrainingSet, cache_latents, open_training_set
+from lora_kit.errors import RecipeError
+from lora_kit.models import ModelBundle, base_hash, load_bundle
+from lora_kit.progress import ProgressBar, no_progress, progress
+from lora_kit.recipe import DataSection, Recipe
+from lora_kit.targeting import TargetPlan, make_plan, module_tree
+from lora_kit.training.checkpoints import named_trainables
+from lora_kit.training.conditions import Conditions
+from lora_kit.training.ema import WeightAverage
+from lora_kit.training.held_out import HeldOut
+from lora_kit.training.objective import build_objective
+from lora_kit.training.optimizers import build_optimizer, parameter_groups
+from lora_kit.training.step import Learner
+
+ADAPTER = "default"
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ENCODE_BATCH = 8
+
+
+class Run(NamedTuple):
+    """All objects of one training run."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    bundle: ModelBundle
+    plan: TargetPlan
+    data: TrainingSet
+    held_out: HeldOut | None
+    trainable: dict[str, nn.Parameter]
+    average: WeightAverage
+    learner: Learner
+    base_hash: str
+    """Of the untrained networks; empty for a full fine-tune, whose result is a whole model."""
+
+    @property
+    def notices(self) -> list[str]:
+        """What the user should be told once about the data."""
+        return self.data.notices + (self.held_out.pictures.notices if self.held_out else [])
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the networks' own weights are trained, not adapters."""
+        return self.plan.targets[0].method == "full"
+
+
+def build_run(recipe: Recipe, accelerator: Accelerator) -> Run:
+    """Load, plan, inject, and make optimizer and data."""
+    bundle, plan, hashed = build_model(recipe, accelerator.device)
+    bar = progress if accelerator.is_main_process else no_progress
+    data = build_data(recipe.data, recipe.seed, bundle, bar)
+    held_out = build_held_out(recipe, bundle, bar)
+    trainable = named_trainables(bundle.components)
+    trains_text = any(target.module.component == "text_encoder" for target in plan.targets)
+    groups = parameter_groups(plan, trainable_parameters(bundle.components, plan), recipe.optimizer)
+    learner = Learner(
+        accelerator=accelerator,
+        bundle=bundle,
+        objective=build_objective(recipe.objective, bundle),
+        conditions=Conditions(bundle, trains_text),
+        optimizer=accelerator.prepare(build_optimizer(groups, recipe.optimizer)),
+        parameters=list(trainable.values()),
+        batch_size=recipe.data.batch_size,
+        max_grad_norm=recipe.optimizer.max_grad_norm,
+        seed=recipe.seed,
+    )
+    average = WeightAverage(trainable, recipe.train.ema_decay)
+    return Run(recipe, accelerator, bundle, plan, data, held_out, trainable, average, learner, hashed)
+
+
+def build_accelerator(recipe: Recipe) -> Accelerator:
+    """Device, processes and autocast. Raises RecipeError for what the machine cannot do."""
+    if recipe.train.mixed_precision == "fp16" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        raise RecipeError("train.mixed_precision: fp16 needs a GPU and none was found. Use bf16 or no.")
+    accelerator = Accelerator(mixed_precision=recipe.train.mixed_precision)
+    if recipe.data.batch_size < accelerator.num_processes:
+        raise RecipeError(
+            f"data.batch_size ({recipe.data.batch_size}) is the whole step's and must be at least the number of "
+            f"processes ({accelerator.num_processes}). Raise it, or launch fewer processes."
+        )
+    return accelerator
+
+
+def build_model(recipe: Recipe, device: torch.device) -> tuple[ModelBundle, TargetPlan, str]:
+    """The base on its device, with what the plan picked made trainable in fp32; and the base's hash."""
+    dtype = DTYPES[recipe.train.mixed_precision]
+    bundle = load_bundle(recipe.model, dtype=_base_dtype(recipe, dtype), seed=recipe.seed)
+    plan = make_plan(recipe.targets, module_tree(bundle.components))
+    hashed = "" if plan.targets[0].method == "full" else base_hash(bundle)
+    for module in (bundle.unet, bundle.vae, bundle.text_encoder):
+        module.to(device)
+    # Convolutions over channels-last memory measured 10 % faster on a CPU; numbers and names stay the same.
+    bundle.unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] (stub lacks the overload)
+    inject(bundle.components, plan, adapter_name=ADAPTER, seed=recipe.seed)
+    if recipe.train.gradient_checkpointing:
+        bundle.unet.enable_gradient_checkpointing()
+        bundle.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+    set_training(bundle, True)
+    return bundle, plan, hashed
+
+
+def build_data(section: DataSection, seed: int, bundle: ModelBundle, bar: ProgressBar) -> TrainingSet:
+    """The training set, its latents encoded once where the recipe allows it, otherwise its pictures checked."""
+    data = open_training_set(section, seed)
+    cache_latents(data, lambda pixels: bundle.family.encode(bundle, pixels.to(bundle.device)), ENCODE_BATCH, bar)
+    cut = bundle.family.truncated(bundle, data.captions())
+    if cut:
+        data.notices.append(f"{cut} of {data.record_count} captions are longer than the text encoder reads; cut off.")
+    return data
+
+
+def build_held_out(recipe: Recipe, bundle: ModelBundle, bar: ProgressBar) -> HeldOut | None:
+    """The held-out set: the same pictures' side, no repeats, nothing random."""
+    validation = recipe.validation
+    if validation.held_out is None:
+        return None
+    plain: dict[str, Any] = {"flip": False, "caption_dropout": 0.0, "crop": "center"}
+    section = recipe.data.model_copy(update={**plain, "sources": [validation.held_out]})
+    return HeldOut(build_data(section, 0, bundle, bar), validation.held_out_timesteps, validation.seed)
+
+
+def set_training(bundle: ModelBundle, training: bool) -> None:
+    """Train or eval mode of the networks that are trained (dropout is the only difference)."""
+    for module in bundle.components.values():
+        module.train(training)
+
+
+def _base_dtype(recipe: Recipe, dtype: torch.dtype) -> torch.dtype:
+    """The frozen base is held in the autocast precision itself; weights that are trained stay fp32."""
+    rules = recipe.targets if isinstance(recipe.targets, list) else [recipe.targets]
+    return torch.float32 if any(rule.method == "full" for rule in rules) else dtype

@@ -1,0 +1,83 @@
+"""Held-out loss with fixed noise and stratified timesteps, as the paired difference to the base."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_kit.data import Batch, TrainingSet, collate
+from lora_kit.diffusion import Draws, generator_for, stratified_timesteps
+from lora_kit.models import ModelBundle
+from lora_kit.training.conditions import Conditions
+from lora_kit.training.objective import Objective, latent_moments, sample_losses
+
+BATCH = 16
+
+
+class HeldOut(NamedTuple):
+    """The held-out set and how it is measured. The same (picture, noise, timestep) triples every time."""
+
+    pictures: TrainingSet
+    timesteps_per_picture: int
+    seed: int
+
+
+class PairedDifference(NamedTuple):
+    """Held-out loss against the base's on the same draws."""
+
+    loss: float
+    base: float
+    difference: float
+    """Mean over pictures of (loss - base's loss): negative is better than the base."""
+    standard_error: float
+    """Of the difference, over pictures."""
+
+
+@torch.no_grad()
+def held_out_losses(
+    held_out: HeldOut, objective: Objective, bundle: ModelBundle, conditions: Conditions
+) -> list[float]:
+    """Mean loss of each held-out picture over its timesteps."""
+    rows: list[Tensor] = []
+    records = held_out.pictures.record_count
+    for start in range(0, records, BATCH):
+        indices = range(start, min(start + BATCH, records))
+        batch = collate([held_out.pictures.plain(index) for index in indices])
+        moments = tuple(m.to(bundle.device) for m in latent_moments(bundle, _to(batch, bundle.device)))
+        condition = conditions(batch.captions)
+        draws = [_draws(held_out, index, moments[0].shape[1:], len(objective.alpha_bars)) for index in indices]
+        losses = [
+            sample_losses(objective, bundle, (moments[0], moments[1]), condition, _nth(draws, k))
+            for k in range(held_out.timesteps_per_picture)
+        ]
+        rows.append(torch.stack(losses).mean(0).cpu())
+    return torch.cat(rows).tolist()
+
+
+def paired_difference(losses: Sequence[float], base: Sequence[float]) -> PairedDifference:
+    """The mean paired difference and its standard error (sample deviation / √n)."""
+    pairs = torch.tensor([losses, base], dtype=torch.float64)
+    difference = pairs[0] - pairs[1]
+    error = float(difference.std() / math.sqrt(len(losses))) if len(losses) > 1 else math.nan
+    return PairedDifference(float(pairs[0].mean()), float(pairs[1].mean()), float(difference.mean()), error)
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    return Batch(*(value.to(device) if isinstance(value, Tensor) else value for value in batch))
+
+
+def _draws(held_out: HeldOut, index: int, shape: Sequence[int], timesteps: int) -> Draws:
+    """All draws of one picture: noise [k, c, h, w], timesteps [k]."""
+    generator = generator_for(held_out.seed, "held-out", index)
+    count = held_out.timesteps_per_picture
+    times = stratified_timesteps(count, timesteps, generator)
+    noise = torch.randn(2, count, *shape, generator=generator)
+    return Draws(noise[0], noise[1], times)
+
+
+def _nth(draws: Sequence[Draws], k: int) -> Draws:
+    return Draws(*(torch.stack([getattr(d, field)[k] for d in draws]) for field in Draws._fields))

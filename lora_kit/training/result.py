@@ -1,0 +1,99 @@
+"""What a run leaves: adapter.safetensors, or a diffusers folder after a full fine-tune."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from lora_kit.adapters import (
+    AdapterState,
+    CaptionFacts,
+    TrainingFacts,
+    adapter_state,
+    public_recipe,
+    training_metadata,
+    write_kohya,
+)
+from lora_kit.files import sync_folder
+from lora_kit.models import pipeline
+from lora_kit.targeting import plan_to_json
+from lora_kit.training.build import ADAPTER, DTYPES, Run
+from lora_kit.training.folder import RunFolder
+from lora_kit.training.optimizers import rate_of_text_encoder
+
+SAVE_DTYPES = {**DTYPES, "fp32": DTYPES["no"]}
+
+
+def write_result(run: Run, folder: RunFolder, step: int) -> Path:
+    """Write the run's result and return its path. The averaged weights where the recipe keeps an average."""
+    with run.average.applied():
+        return _write_model(run, folder.model) if run.is_full else _write_adapter(run, folder.adapter, step)
+
+
+def training_facts(run: Run, step: int) -> TrainingFacts:
+    """What the adapter's header says of the run."""
+    plan = run.plan
+    # How the run was started is no part of what it made: a resumed run writes the same file.
+    recipe = run.recipe.model_copy(
+        update={"train": run.recipe.train.model_copy(update={"resume": None, "overwrite": False})}
+    )
+    trains_text = any(target.module.component == "text_encoder" for target in plan.targets)
+    (rank, alpha), _ = Counter((target.rank, target.alpha) for target in plan.targets).most_common(1)[0]
+    return TrainingFacts(
+        family=run.bundle.family.name,
+        prediction_type=run.bundle.prediction_type,
+        recipe=public_recipe(recipe, folder_names=recipe.save.captions),
+        plan=json.dumps(plan_to_json(plan), sort_keys=True),
+        base_hash=run.base_hash,
+        base_name=Path(recipe.model.base).name,
+        output_name=Path(recipe.output_dir).name,
+        learning_rate=recipe.optimizer.lr,
+        text_encoder_lr=rate_of_text_encoder(recipe.optimizer) if trains_text else None,
+        rank=rank,
+        alpha=alpha,
+        resolution=recipe.data.resolution,
+        train_images=run.data.record_count,
+        epoch=step * recipe.data.batch_size // len(run.data),
+        step=step,
+        max_steps=recipe.train.max_steps,
+        seed=recipe.seed,
+        trigger=recipe.data.trigger,
+        captions=_caption_facts(run) if recipe.save.captions else None,
+    )
+
+
+def _write_adapter(run: Run, path: Path, step: int) -> Path:
+    updates = adapter_state(run.bundle.components, ADAPTER)
+    write_kohya(path, AdapterState(updates, training_metadata(training_facts(run, step))), _dtype(run))
+    return path
+
+
+def _caption_facts(run: Run) -> CaptionFacts:
+    """Comma-separated tags and their counts, as sd-scripts writes them, under the run's one set."""
+    captions = run.data.captions()
+    tags = Counter(tag.strip() for caption in captions for tag in caption.split(",") if tag.strip())
+    names = [Path(source.path).name for source in run.recipe.data.sources]
+    directories = {name: {"n_repeats": s.repeats} for name, s in zip(names, run.recipe.data.sources, strict=True)}
+    return CaptionFacts(tag_frequency={"+".join(names): dict(tags)}, dataset_dirs=directories)
+
+
+def _dtype(run: Run) -> torch.dtype:
+    return SAVE_DTYPES[run.recipe.save.dtype]
+
+
+def _write_model(run: Run, path: Path) -> Path:
+    """The whole base with its trained networks, in `save.dtype`, as a diffusers folder."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    pipe = pipeline(run.bundle)
+    pipe.to(dtype=_dtype(run))
+    pipe.save_pretrained(temporary, safe_serialization=True)
+    if path.exists():
+        shutil.rmtree(path)
+    temporary.rename(path)
+    sync_folder(path.parent)
+    return path

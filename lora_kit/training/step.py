@@ -1,0 +1,120 @@
+"""One optimizer step, flat: micro-batches → losses → backward → sum over processes → clip → update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+
+from lora_kit.data import Batch
+from lora_kit.diffusion import draw_for_samples, seed_for
+from lora_kit.errors import TrainingError
+from lora_kit.models import ModelBundle
+from lora_kit.training.conditions import Conditions
+from lora_kit.training.objective import Objective, latent_moments, sample_losses
+
+
+class Learner(NamedTuple):
+    """Everything a step needs that does not change from step to step."""
+
+    accelerator: Accelerator
+    bundle: ModelBundle
+    objective: Objective
+    conditions: Conditions
+    optimizer: Any
+    parameters: list[nn.Parameter]
+    """Every trainable parameter, in one fixed order."""
+    batch_size: int
+    """Samples of one optimizer step, over all processes."""
+    max_grad_norm: float
+    seed: int
+
+
+class StepMetrics(NamedTuple):
+    """What one optimizer step measured."""
+
+    loss: float
+    """Mean over the step's samples, all processes."""
+    grad_norm: float
+    """Global 2-norm of the gradient before clipping."""
+    interrupted: bool
+    """Some process was asked to stop."""
+
+
+def training_step(learner: Learner, micro_batches: Sequence[Batch], step: int, stop: bool = False) -> StepMetrics:
+    """Run optimizer step `step` (0-based) on this process's micro-batches.
+
+    Each sample's loss counts 1 / batch_size, wherever it is computed, and gradients are summed over
+    processes: the update does not depend on how the batch was cut, beyond rounding.
+
+    Raises TrainingError on a non-finite loss or gradient, before any weight is touched.
+    """
+    losses = [_backward(learner, batch, step) for batch in micro_batches]
+    _sum_gradients(learner)
+    # One small all-reduce for the loss and the stop flag; .item() waits for the device once a step.
+    total = torch.stack([torch.stack(losses).sum(), torch.tensor(float(stop), device=losses[0].device)])
+    loss, stops = (float(x) for x in learner.accelerator.reduce(total, "sum"))
+    if not math.isfinite(loss):
+        raise TrainingError(f"The loss of step {step + 1} is {loss}.{_suspects(losses, micro_batches)}")
+    norm = float(_clip(learner))
+    if not math.isfinite(norm) and learner.accelerator.scaler is None:
+        raise TrainingError(f"The gradient of step {step + 1} has norm {norm} (the loss was {loss:.4g}).")
+    learner.optimizer.step()
+    learner.optimizer.zero_grad(set_to_none=True)
+    return StepMetrics(loss, norm, stops > 0)
+
+
+def _backward(learner: Learner, batch: Batch, step: int) -> Tensor:
+    """Backward of one micro-batch; its share of the step's mean loss, detached."""
+    batch = send_to_device(batch, learner.accelerator.device)
+    # Adapter dropout is the only draw from the global generator.
+    torch.manual_seed(seed_for(learner.seed, "dropout", step, int(batch.positions[0])))
+    with torch.no_grad():
+        moments = latent_moments(learner.bundle, batch)
+    shape = tuple(moments[0].shape[1:])
+    draws = draw_for_samples(
+        learner.seed,
+        step,
+        batch.positions.tolist(),
+        shape,
+        len(learner.objective.alpha_bars),
+        learner.objective.section.noise_offset,
+    )
+    with learner.accelerator.autocast():
+        condition = learner.conditions(batch.captions)
+        losses = sample_losses(learner.objective, learner.bundle, moments, condition, draws)
+    share = losses.sum() / learner.batch_size
+    learner.accelerator.backward(share)
+    return share.detach()
+
+
+def _sum_gradients(learner: Learner) -> None:
+    """Sum gradients over processes in one flat buffer: adapters are small, one all-reduce is cheapest."""
+    if learner.accelerator.num_processes == 1:
+        return
+    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in learner.parameters]
+    flat = learner.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "sum")
+    for parameter, part in zip(learner.parameters, flat.split([g.numel() for g in gradients]), strict=True):
+        parameter.grad = part.view_as(parameter)
+
+
+def _clip(learner: Learner) -> Tensor:
+    """Clip to max_grad_norm (0: only measure); the norm before clipping.
+
+    `parameters` is a list: an iterator handed to the optimizer and then here would be empty by now.
+    """
+    limit = learner.max_grad_norm or math.inf
+    norm = learner.accelerator.clip_grad_norm_(learner.parameters, limit)
+    assert norm is not None
+    return norm
+
+
+def _suspects(losses: Sequence[Tensor], micro_batches: Sequence[Batch]) -> str:
+    """The samples of the micro-batches whose loss is not finite, if they lie on this process."""
+    bad = [s for loss, batch in zip(losses, micro_batches, strict=True) if not torch.isfinite(loss) for s in batch.ids]
+    return f" Samples in the failing micro-batches: {', '.join(bad)}." if bad else ""

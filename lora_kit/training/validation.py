@@ -1,0 +1,136 @@
+"""Pictures and held-out loss during a run, and the figures at its end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from lora_kit.adapters import set_scales
+from lora_kit.files import write_atomically, write_text
+from lora_kit.inference import SamplingSettings, compose_grid, draw
+from lora_kit.training.build import ADAPTER, Run, set_training
+from lora_kit.training.figures import mean_saturation, retrieval
+from lora_kit.training.folder import RunFolder
+from lora_kit.training.held_out import held_out_losses, paired_difference
+from lora_kit.training.metrics import Metrics
+
+
+def measure_base(run: Run) -> list[float]:
+    """Held-out losses before the first step: an untrained adapter is the base."""
+    return _held_out_losses(run) if run.held_out is not None else []
+
+
+def validate(run: Run, folder: RunFolder, metrics: Metrics, step: int, base_losses: list[float]) -> None:
+    """Draw the prompts into samples/step-….png and log the held-out loss against the base's."""
+    with run.average.applied():
+        if run.recipe.validation.prompts:
+            sheet = _sheet(run, [1.0])
+            save_picture(sheet, folder.samples / f"step-{step:06d}.png")
+            metrics.picture("samples", sheet, step)
+        if run.held_out is not None:
+            metrics.log(step, held_out_metrics(run, base_losses))
+    metrics.restart_clock(step)
+
+
+def held_out_metrics(run: Run, base_losses: list[float]) -> dict[str, float]:
+    """Held-out loss, the base's, their mean paired difference and its standard error."""
+    pair = paired_difference(_held_out_losses(run), base_losses)
+    return {
+        "held_out_loss": pair.loss,
+        "held_out_base_loss": pair.base,
+        "held_out_difference": pair.difference,
+        "held_out_standard_error": pair.standard_error,
+    }
+
+
+def finish(run: Run, folder: RunFolder, metrics: Metrics, base_losses: list[float]) -> dict[str, Any]:
+    """samples/final_grid.png and result.json; returns what result.json holds."""
+    section, result = run.recipe.validation, {}
+    with run.average.applied():
+        if section.prompts:
+            strengths = [1.0] if run.is_full else list(section.strengths)
+            sheet = _sheet(run, strengths)
+            save_picture(sheet, folder.samples / "final_grid.png")
+            metrics.picture("final_grid", sheet, run.recipe.train.max_steps)
+        if run.held_out is not None:
+            result = held_out_metrics(run, base_losses)
+        if section.retrieval:
+            result |= _style_and_subject(run, folder)
+    write_text(folder.root / "result.json", json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def settings_of(run: Run) -> SamplingSettings:
+    """The validation section's sampler settings at the training resolution."""
+    section, side = run.recipe.validation, run.recipe.data.resolution
+    return SamplingSettings(
+        steps=section.steps,
+        guidance=section.guidance,
+        negative_prompt=section.negative_prompt,
+        width=side,
+        height=side,
+    )
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """A PNG, whole or not there."""
+    write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
+
+
+def _sheet(run: Run, strengths: list[float]) -> Image.Image:
+    prompts = run.recipe.validation.prompts
+    columns = [_draw(run, prompts, strength) for strength in strengths]
+    rows = [list(row) for row in zip(*columns, strict=True)]
+    labels = [f"strength {strength:g}" for strength in strengths]
+    return compose_grid(rows, prompts, ["trained weights"] if run.is_full else labels)
+
+
+def _draw(run: Run, prompts: list[str], strength: float) -> list[Image.Image]:
+    seed = run.recipe.validation.seed
+    with at_strength(run, strength):
+        return draw(run.bundle, prompts, [seed] * len(prompts), settings=settings_of(run))
+
+
+@contextmanager
+def at_strength(run: Run, strength: float) -> Iterator[None]:
+    """The adapter at this strength, and evaluation mode, while inside."""
+    if not run.is_full:
+        set_scales(run.bundle.components, {ADAPTER: strength})
+    set_training(run.bundle, False)
+    try:
+        yield
+    finally:
+        set_training(run.bundle, True)
+        if not run.is_full:
+            set_scales(run.bundle.components, {ADAPTER: 1.0})
+
+
+def _held_out_losses(run: Run) -> list[float]:
+    assert run.held_out is not None
+    with at_strength(run, 1.0), run.accelerator.autocast():
+        return held_out_losses(run.held_out, run.learner.objective, run.bundle, run.learner.conditions)
+
+
+def _style_and_subject(run: Run, folder: RunFolder) -> dict[str, Any]:
+    """Draw every held-out caption at strength 0 and 1; how like the held-out pictures they are."""
+    assert run.held_out is not None
+    captions, references = run.held_out.pictures.captions(), run.held_out.pictures.pictures()
+    side = run.recipe.data.resolution
+    references = [picture.resize((side, side)) for picture in references]
+    figures: dict[str, Any] = {"held_out_pictures": len(captions), "chance_top1": 1 / len(captions)}
+    for strength in [1.0] if run.is_full else [0.0, 1.0]:
+        drawn = _draw(run, captions, strength)
+        found = retrieval(drawn, references)
+        figures[f"saturation_at_{strength:g}"] = round(mean_saturation(drawn), 3)
+        figures[f"top1_at_{strength:g}"] = round(found.top1, 4)
+        figures[f"top5_at_{strength:g}"] = round(found.top5, 4)
+        shown = range(0, min(len(drawn), 64))
+        rows = [[references[i], drawn[i]] for i in shown]
+        sheet = compose_grid(rows, [captions[i] for i in shown], ["held-out picture", f"drawn at {strength:g}"])
+        save_picture(sheet, folder.samples / f"held_out_at_{strength:g}.png")
+    return figures
