@@ -132,8 +132,12 @@ def test_text_encoder_adapters_train_at_their_own_rate(make_recipe, tmp_path):
 
 @pytest.mark.parametrize(
     "override",
-    ["train.mixed_precision=bf16", "train.gradient_checkpointing=true", "optimizer.name=adamw8bit", "data.cache=none"],
-@pytest.mark.xfail(reason="open: bf16 and adamw8bit checkpoints fail")
+    [
+        pytest.param("train.mixed_precision=bf16", marks=pytest.mark.xfail(reason="open: cause not found yet")),
+        "train.gradient_checkpointing=true",
+        pytest.param("optimizer.name=adamw8bit", marks=pytest.mark.xfail(reason="open: a Tensor in state.json")),
+        "data.cache=none",
+    ],
 )
 def test_every_way_to_run_a_step_works(make_recipe, tmp_path, override):
     train(make_recipe(override, "train.max_steps=2", "schedule.name=cosine", "objective.min_snr_gamma=5.0"))
