@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from typing import Any
 
@@ -18,9 +19,11 @@ def worker_options(workers: int) -> dict[str, Any]:
 
 
 def leave_signals_to_parent(_worker: int) -> None:
-    """Ctrl-C and `timeout` signal the whole process group; the parent must still get its batches to finish the step.
+    """Ctrl-C and `timeout` signal the whole process group; the parent must still get its batches to finish a step.
 
-    The parent ends its workers itself, and they notice when it is gone.
+    So workers leave the group. They must not ignore SIGTERM instead: the parent's exit ends them by it, and
+    would wait forever.
     """
+    if os.name == "posix":
+        os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

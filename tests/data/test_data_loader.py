@@ -58,7 +58,7 @@ def test_processes_and_micro_batches_together_see_the_same(
 ) -> None:
     recipe = recipe_for(picture_folder, micro=micro)
     parts = [steps(recipe, Processes(rank, world)) for rank in range(world)]
-    assert [sum(step, []) for step in zip(*parts, strict=True)] == whole
+    assert [[row for part in step for row in part] for step in zip(*parts, strict=True)] == whole
 
 
 def test_resumed_loader_continues_at_the_next_sample(picture_folder: Path, whole: list[Rows]) -> None:

@@ -43,7 +43,8 @@ def test_first_place_is_uniform() -> None:
 def test_chances_are_uniform_and_uncorrelated() -> None:
     draws = np.array([chances(0, epoch, sample) for epoch in range(40) for sample in range(100)])
     count = len(draws)
-    assert 0 <= draws.min() and draws.max() < 1
+    assert draws.min() >= 0
+    assert draws.max() < 1
     # 5 sigma: a uniform's deviation is √(1/12), a sample correlation's 1/√n.
     assert np.abs(draws.mean(0) - 0.5).max() < 5 * math.sqrt(1 / 12 / count)
     correlations = np.corrcoef(draws.T) - np.eye(draws.shape[1])
