@@ -102,7 +102,7 @@ class DataSection(Section):
     on_error: Literal["raise", "skip"] = "raise"
     """A broken picture or missing caption stops the run, or is skipped, counted and listed at the end."""
     cache: Literal["memory", "none"] = "memory"
-    """Keep each picture's latent distribution in memory, so that the VAE encodes it once (32 KiB a picture at
+    """Keep each picture's latent distribution in memory, so that the VAE encodes it once (128 KiB a picture at
     512 px). Not used with `crop: random`."""
     workers: NonNegative = 0
     """Processes that load pictures ahead. 0 loads them between steps."""
