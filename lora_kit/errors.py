@@ -44,6 +44,6 @@ def nearest(name: str, names: Iterable[str], count: int = 3) -> list[str]:
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """" Did you mean a, b?" with a leading space, or nothing."""
+    """ " Did you mean a, b?" with a leading space, or nothing."""
     found = nearest(name, names)
     return f" Did you mean {', '.join(found)}?" if found else ""

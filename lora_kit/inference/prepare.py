@@ -51,9 +51,7 @@ def _mismatches(files: Sequence[Path], states: Sequence[AdapterState], bundle: M
     for path, state in zip(files, states, strict=True):
         family, recorded = family_of(state.metadata), state.metadata.get("lora_kit.base_hash")
         if family is not None and family != bundle.family.name:
-            warnings.append(
-                f"{path}: was trained for {family}; this base is {bundle.family.name}"
-            )
+            warnings.append(f"{path}: was trained for {family}; this base is {bundle.family.name}")
         elif recorded:
             own_hash = own_hash or base_hash(bundle)
             if recorded != own_hash:

@@ -117,16 +117,26 @@ def named_trainables(components: Mapping[str, nn.Module]) -> dict[str, nn.Parame
 
 
 def _flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """Per-parameter state as tensors named `<parameter index>.<key>`, and the plain numbers beside them."""
+    """Per-parameter state as tensors named `<parameter index>.<key>`, and the plain numbers beside them.
+
+    bitsandbytes nests its quantised moments one level deeper: `<parameter index>.<key>.<inner key>`.
+    """
     tensors: dict[str, Tensor] = {}
     rest: dict[str, dict[str, Any]] = {}
     for index, state in optimizer.state_dict()["state"].items():
         for key, value in state.items():
             if isinstance(value, Tensor):
-                tensors[f"{index}.{key}"] = value.detach().cpu().clone()
+                tensors[f"{index}.{key}"] = _stored(value)
+            elif isinstance(value, dict):
+                tensors |= {f"{index}.{key}.{inner}": _stored(tensor) for inner, tensor in value.items()}
             else:
                 rest.setdefault(str(index), {})[key] = value
     return tensors, rest
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    """A copy as safetensors takes it: on the CPU, contiguous, sharing memory with none."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _restore_optimizer(
@@ -134,7 +144,15 @@ def _restore_optimizer(
 ) -> None:
     """Inverse of _flatten_optimizer. Groups (rates, betas) stay the recipe's."""
     state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in rest.items()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for name, tensor in tensors.items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = tensor
+        index, key, *inner = name.split(".")
+        values = state.setdefault(int(index), {})
+        if inner:
+            values.setdefault(key, {})[inner[0]] = tensor
+            continue
+        like = parameters[int(index)]
+        # Moments lie in memory as their weight does (channels-last): the fused update walks both side by side.
+        same_shape = tensor.shape == like.shape and tensor.dtype == like.dtype
+        values[key] = torch.empty_like(like, requires_grad=False).copy_(tensor) if same_shape else tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

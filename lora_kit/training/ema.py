@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 
 from diffusers.training_utils import EMAModel
@@ -38,7 +38,7 @@ class WeightAverage:
             self._model.optimization_step = step
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
+    def applied(self) -> Generator[None]:
         """The averages stand in the model while inside."""
         if self._model is None:
             yield

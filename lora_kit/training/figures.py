@@ -17,8 +17,8 @@ class Retrieval(NamedTuple):
 
     top1: float
     top5: float
-    count: int
-    """Pictures and references; chance is 1 / count and 5 / count."""
+    pictures: int
+    """Pictures and references; chance is 1 / pictures and 5 / pictures."""
 
 
 def mean_saturation(pictures: Sequence[Image.Image]) -> float:

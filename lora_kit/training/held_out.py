@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from lora_kit.data import Batch, TrainingSet, collate
@@ -47,7 +48,9 @@ def held_out_losses(
     for start in range(0, records, BATCH):
         indices = range(start, min(start + BATCH, records))
         batch = collate([held_out.pictures.plain(index) for index in indices])
-        moments = tuple(m.to(bundle.device) for m in latent_moments(bundle, _to(batch, bundle.device)))
+        moments = tuple(
+            m.to(bundle.device) for m in latent_moments(bundle, cast(Batch, send_to_device(batch, bundle.device)))
+        )
         condition = conditions(batch.captions)
         draws = [_draws(held_out, index, moments[0].shape[1:], len(objective.alpha_bars)) for index in indices]
         losses = [
@@ -64,10 +67,6 @@ def paired_difference(losses: Sequence[float], base: Sequence[float]) -> PairedD
     difference = pairs[0] - pairs[1]
     error = float(difference.std() / math.sqrt(len(losses))) if len(losses) > 1 else math.nan
     return PairedDifference(float(pairs[0].mean()), float(pairs[1].mean()), float(difference.mean()), error)
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
-    return Batch(*(value.to(device) if isinstance(value, Tensor) else value for value in batch))
 
 
 def _draws(held_out: HeldOut, index: int, shape: Sequence[int], timesteps: int) -> Draws:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
@@ -71,7 +71,7 @@ def training_step(learner: Learner, micro_batches: Sequence[Batch], step: int, s
 
 def _backward(learner: Learner, batch: Batch, step: int) -> Tensor:
     """Backward of one micro-batch; its share of the step's mean loss, detached."""
-    batch = send_to_device(batch, learner.accelerator.device)
+    batch = cast(Batch, send_to_device(batch, learner.accelerator.device))
     # Adapter dropout is the only draw from the global generator.
     torch.manual_seed(seed_for(learner.seed, "dropout", step, int(batch.positions[0])))
     with torch.no_grad():
@@ -98,7 +98,7 @@ def _sum_gradients(learner: Learner) -> None:
     if learner.accelerator.num_processes == 1:
         return
     gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in learner.parameters]
-    flat = learner.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "sum")
+    flat = cast(Tensor, learner.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "sum"))
     for parameter, part in zip(learner.parameters, flat.split([g.numel() for g in gradients]), strict=True):
         parameter.grad = part.view_as(parameter)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ def _draw(run: Run, prompts: list[str], strength: float) -> list[Image.Image]:
 
 
 @contextmanager
-def at_strength(run: Run, strength: float) -> Iterator[None]:
+def at_strength(run: Run, strength: float) -> Generator[None]:
     """The adapter at this strength, and evaluation mode, while inside."""
     if not run.is_full:
         set_scales(run.bundle.components, {ADAPTER: strength})

@@ -26,9 +26,7 @@ def update(bundle: ModelBundle) -> LoraUpdate:
 
 
 @pytest.mark.parametrize(("down", "up"), [("lora_A", "lora_B"), ("lora.down", "lora.up")])
-def test_both_spellings_are_read(
-    down: str, up: str, bundle: ModelBundle, update: LoraUpdate, tmp_path: Path
-) -> None:
+def test_both_spellings_are_read(down: str, up: str, bundle: ModelBundle, update: LoraUpdate, tmp_path: Path) -> None:
     save_file({f"{Q}.{down}.weight": update.down, f"{Q}.{up}.weight": update.up}, tmp_path / "a.safetensors")
     got = read_adapter(tmp_path / "a.safetensors", bundle.components).updates[Q]
     assert torch.equal(got.down, update.down)
@@ -53,9 +51,7 @@ def test_alpha_is_read_from_the_header(
     assert got.alpha / 4 == alpha_over_rank
 
 
-def test_what_diffusers_itself_saves_is_read(
-    bundle: ModelBundle, tiny_sd1_folder: Path, tmp_path: Path
-) -> None:
+def test_what_diffusers_itself_saves_is_read(bundle: ModelBundle, tiny_sd1_folder: Path, tmp_path: Path) -> None:
     from diffusers import StableDiffusionPipeline
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict

@@ -54,7 +54,8 @@ def test_all_problems_are_told_at_once(tensors: dict[str, Tensor], bundle: Model
 def test_ranks_of_the_halves_must_agree(tensors: dict[str, Tensor], bundle: ModelBundle, tmp_path: Path) -> None:
     tensors[f"{TO_Q}.lora_down.weight"] = torch.zeros(5, 32)
     tensors[f"{TO_Q}.lora_up.weight"] = torch.zeros(32, 6)
-    assert "down [5, 32] and up [32, 6] do not fit the module's weight [32, 32]" in message_for(tensors, bundle, tmp_path)
+    said = message_for(tensors, bundle, tmp_path)
+    assert "down [5, 32] and up [32, 6] do not fit the module's weight [32, 32]" in said
 
 
 def test_one_module_under_two_spellings_is_refused(

@@ -94,7 +94,8 @@ def test_a_1x1_convolution_is_read_from_two_dimensions(bundle: ModelBundle, tmp_
     state = random_state(bundle.components, wanted=lambda module: module.name == PROJ_IN)
     write_kohya(tmp_path / "a.safetensors", state)
     tensors = load_file(tmp_path / "a.safetensors")
-    save_file({key: value.flatten(1) if value.ndim else value for key, value in tensors.items()}, tmp_path / "b.safetensors")
+    flat = {key: value.flatten(1) if value.ndim else value for key, value in tensors.items()}
+    save_file(flat, tmp_path / "b.safetensors")
     assert_same(read_adapter(tmp_path / "b.safetensors", bundle.components).updates, state.updates)
 
 
@@ -145,17 +146,35 @@ def test_a_factor_that_overflows_is_refused_and_leaves_the_old_file(tmp_path: Pa
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.xfail(reason="open: not yet equal to diffusers loader")
+def one_alpha(state: AdapterState) -> AdapterState:
+    """The same updates, ranks as they are, with alpha 2 throughout."""
+    return AdapterState({name: update._replace(alpha=2.0) for name, update in state.updates.items()}, state.metadata)
+
+
 @pytest.mark.parametrize("scale", [0.0, 0.3, 1.0, -2.0])
 def test_diffusers_reads_the_file_and_computes_the_same(scale: float, tiny_sd1_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    write_kohya(path, one_alpha(random_state(bundle_of(tiny_sd1_folder).components)))
+    assert_equal_to_diffusers(tiny_sd1_folder, path, scale)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="diffusers 0.42 drops an attention layer's alpha unless it is the file's commonest"
+)
+def test_diffusers_reads_alphas_that_differ_between_modules(tiny_sd1_folder: Path, tmp_path: Path) -> None:
+    path = adapter_file(tmp_path / "a.safetensors", bundle_of(tiny_sd1_folder).components)
+    assert_equal_to_diffusers(tiny_sd1_folder, path, 1.0)
+
+
+def assert_equal_to_diffusers(base: Path, path: Path, scale: float) -> None:
+    """Our live adapter and diffusers' own loader give the same outputs, UNet and text encoder."""
     from diffusers import StableDiffusionPipeline
 
-    ours = bundle_of(tiny_sd1_folder)
-    path = adapter_file(tmp_path / "a.safetensors", ours.components)
+    ours = bundle_of(base)
     load_adapter(ours.components, read_adapter(path, ours.components).updates, "style")
     set_scales(ours.components, {"style": scale})
-    pipe = StableDiffusionPipeline.from_pretrained(tiny_sd1_folder)
-    pipe.load_lora_weights(str(tmp_path), weight_name=path.name, adapter_name="style")
+    pipe = StableDiffusionPipeline.from_pretrained(base)
+    pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name="style")
     pipe.set_adapters("style", scale)
 
     generator = torch.Generator().manual_seed(0)

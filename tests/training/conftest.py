@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.state import AcceleratorState
 
 from lora_kit.recipe import Recipe, load_recipe
 
@@ -26,6 +27,13 @@ save: {{every: 2}}
 validation: {{every: 0, steps: 2}}
 output_dir: {out}
 """
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps the first run's precision for the whole process; each test is a process of its own."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
