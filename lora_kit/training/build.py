@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +52,8 @@ class Run(NamedTuple):
     def notices(self) -> list[str]:
         """What the user should be told once about data and targets."""
         notices = self.data.notices + (self.held_out.pictures.notices if self.held_out else [])
+        if self.accelerator.num_processes > 1:
+            notices = [f"{self.accelerator.num_processes} processes share each step's pictures.", *notices]
         if len({target.alpha for target in self.plan.targets}) > 1:
             notices = [*notices, MIXED_ALPHAS]
         return notices
@@ -90,12 +93,25 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     if recipe.train.mixed_precision == "fp16" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         raise RecipeError("train.mixed_precision: fp16 needs a GPU and none was found. Use bf16 or no.")
     accelerator = Accelerator(mixed_precision=recipe.train.mixed_precision)
+    if accelerator.num_processes == 1 and _was_to_be_several():
+        raise RecipeError(
+            "`accelerate launch` was asked for several processes, and started one: with --cpu it starts more only "
+            "through mpirun. Launch with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N …"
+        )
     if recipe.data.batch_size < accelerator.num_processes:
         raise RecipeError(
             f"data.batch_size ({recipe.data.batch_size}) is the whole step's and must be at least the number of "
             f"processes ({accelerator.num_processes}). Raise it, or launch fewer processes."
         )
     return accelerator
+
+
+def _was_to_be_several() -> bool:
+    """Whether accelerate's launcher of single processes (seen in 1.15) was given --num_processes above 1 on a CPU: it
+    then names a meeting point for the processes, and starts one, without a word."""
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ and "MASTER_PORT" in os.environ
+    return on_cpu and launched and "WORLD_SIZE" not in os.environ
 
 
 def build_model(recipe: Recipe, device: torch.device) -> tuple[ModelBundle, TargetPlan, str]:

@@ -1,0 +1,99 @@
+"""Real processes: two of them under accelerate launch, and one that is asked to stop."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = str(ROOT / "scripts" / "train_lora.py")
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+RECIPE = """
+model: {{base: {base}}}
+targets: {{preset: attention, rank: 4}}
+data: {{sources: [{{path: {pictures}}}], resolution: 16, batch_size: 5}}
+optimizer: {{lr: 1e-4}}
+train: {{max_steps: {steps}, log_every: 1}}
+save: {{every: 0}}
+validation: {{every: 0}}
+output_dir: {out}
+"""
+
+
+def write_recipe(folder: Path, base: Path, pictures: Path, steps: int) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(RECIPE.format(base=base, pictures=pictures, steps=steps, out=folder / "run"))
+    return path
+
+
+def losses(folder: Path) -> list[float]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def launch(processes: int, recipe: Path, out: Path, flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    flags = flags or (("--multi_gpu",) if processes > 1 else ())
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "--num_processes", str(processes)]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    return subprocess.run(
+        [*command, SCRIPT, str(recipe), f"output_dir={out}"],
+        env=ENVIRONMENT | {"ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_two_processes_learn_what_one_does(tiny_sd1_folder, picture_folder, tmp_path):
+    # Five pictures over two processes: three and two, so a mean of the processes' means would be wrong.
+    recipe = write_recipe(tmp_path, tiny_sd1_folder, picture_folder, 4)
+    for processes in (1, 2):
+        done = launch(processes, recipe, tmp_path / f"run{processes}")
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert ("2 processes share each step's pictures" in done.stderr) == (processes == 2)
+    one, two = losses(tmp_path / "run1"), losses(tmp_path / "run2")
+    assert len(one) == 4
+    # The same samples, noise and sums in another order: as for micro-batches.
+    torch.testing.assert_close(torch.tensor(one), torch.tensor(two), rtol=1e-5, atol=0)
+
+
+def test_a_launch_that_starts_one_process_instead_of_two_is_refused(tiny_sd1_folder, picture_folder, tmp_path):
+    recipe = write_recipe(tmp_path, tiny_sd1_folder, picture_folder, 4)
+    done = launch(2, recipe, tmp_path / "run", ("--cpu",))
+    assert done.returncode != 0
+    assert "accelerate launch --multi_gpu --num_processes N" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_and_resumed_run_equals_one_never_stopped(tiny_sd1_folder, picture_folder, tmp_path, number, status):
+    recipe = str(write_recipe(tmp_path, tiny_sd1_folder, picture_folder, 40))
+    command = [sys.executable, SCRIPT, recipe]
+    subprocess.run([*command, f"output_dir={tmp_path / 'whole'}"], env=ENVIRONMENT, check=True, timeout=300)
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+        assert process.poll() is None, "ended before it was stopped"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == status, said[-2000:]
+    assert "Traceback" not in said
+    assert "train.resume=latest" in said
+    assert not (tmp_path / "run" / "adapter.safetensors").exists()
+    subprocess.run([*command, "train.resume=latest"], env=ENVIRONMENT, check=True, timeout=300)
+    names = [tmp_path / folder / "adapter.safetensors" for folder in ("whole", "run")]
+    tensors = [path.read_bytes()[8 + int.from_bytes(path.read_bytes()[:8], "little") :] for path in names]
+    assert hashlib.sha256(tensors[0]).digest() == hashlib.sha256(tensors[1]).digest()
+    assert losses(tmp_path / "whole") == losses(tmp_path / "run")
