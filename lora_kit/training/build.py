@@ -77,7 +77,7 @@ def build_run(recipe: Recipe, accelerator: Accelerator) -> Run:
         accelerator=accelerator,
         bundle=bundle,
         objective=build_objective(recipe.objective, bundle),
-        conditions=Conditions(bundle, trains_text),
+        conditions=Conditions(bundle, trains_text, recipe.data.captions.long),
         optimizer=accelerator.prepare(build_optimizer(groups, recipe.optimizer)),
         parameters=list(trainable.values()),
         batch_size=recipe.data.batch_size,
@@ -98,12 +98,29 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
             "`accelerate launch` was asked for several processes, and started one: with --cpu it starts more only "
             "through mpirun. Launch with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N …"
         )
+    use_cores(accelerator)
     if recipe.data.batch_size < accelerator.num_processes:
         raise RecipeError(
             f"data.batch_size ({recipe.data.batch_size}) is the whole step's and must be at least the number of "
             f"processes ({accelerator.num_processes}). Raise it, or launch fewer processes."
         )
     return accelerator
+
+
+def use_cores(accelerator: Accelerator) -> None:
+    """Give each process its share of the cores, where `accelerate launch` left it one thread.
+
+    On a machine without GPU the launcher sets OMP_NUM_THREADS=1 unless the variable is set (seen in 1.15), so that a
+    run takes one core whatever the machine has: the quickstart took twice as long. Any other value is the user's and
+    stays; so does 1 without the launcher.
+    """
+    launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ
+    if accelerator.device.type != "cpu" or not launched or os.environ.get("OMP_NUM_THREADS") != "1":
+        return
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # Only Linux tells which cores the process may use.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // here))
 
 
 def _was_to_be_several() -> bool:
@@ -137,9 +154,10 @@ def build_data(section: DataSection, seed: int, bundle: ModelBundle, bar: Progre
     """The training set, its latents encoded once where the recipe allows it, otherwise its pictures checked."""
     data = open_training_set(section, seed)
     cache_latents(data, lambda pixels: bundle.family.encode(bundle, pixels.to(bundle.device)), ENCODE_BATCH, bar)
-    cut = bundle.family.truncated(bundle, data.captions())
+    captions = data.longest_captions() if section.captions.long == "cut" else []
+    cut = bundle.family.truncated(bundle, captions) if captions else 0
     if cut:
-        data.notices.append(f"{cut} of {data.record_count} captions are longer than the text encoder reads; cut off.")
+        data.notices.append(f"{cut} of {len(captions)} captions are longer than the text encoder reads; cut off.")
     return data
 
 
