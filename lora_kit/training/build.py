@@ -77,7 +77,7 @@ def build_run(recipe: Recipe, accelerator: Accelerator) -> Run:
         accelerator=accelerator,
         bundle=bundle,
         objective=build_objective(recipe.objective, bundle),
-        conditions=Conditions(bundle, trains_text, recipe.data.captions.long),
+        conditions=Conditions(bundle, trains_text),
         optimizer=accelerator.prepare(build_optimizer(groups, recipe.optimizer)),
         parameters=list(trainable.values()),
         batch_size=recipe.data.batch_size,
@@ -154,10 +154,9 @@ def build_data(section: DataSection, seed: int, bundle: ModelBundle, bar: Progre
     """The training set, its latents encoded once where the recipe allows it, otherwise its pictures checked."""
     data = open_training_set(section, seed)
     cache_latents(data, lambda pixels: bundle.family.encode(bundle, pixels.to(bundle.device)), ENCODE_BATCH, bar)
-    captions = data.longest_captions() if section.captions.long == "cut" else []
-    cut = bundle.family.truncated(bundle, captions) if captions else 0
+    cut = bundle.family.truncated(bundle, data.captions())
     if cut:
-        data.notices.append(f"{cut} of {len(captions)} captions are longer than the text encoder reads; cut off.")
+        data.notices.append(f"{cut} of {data.record_count} captions are longer than the text encoder reads; cut off.")
     return data
 
 
