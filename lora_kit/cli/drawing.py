@@ -30,12 +30,18 @@ def settings_for(prepared: Prepared, size: str | None, asked: SamplingSettings) 
     return replace(asked, width=width, height=height)
 
 
-def warn_of_long_prompts(prepared: Prepared, prompts: Sequence[str]) -> None:
-    """Say on stderr which prompts are longer than the text encoder reads."""
+def warn_of_long_prompts(prepared: Prepared, prompts: Sequence[str], settings: SamplingSettings) -> None:
+    """Say on stderr which prompts are longer than the text encoder reads, unless they are encoded in chunks."""
     bundle = prepared.bundle
+    if settings.long_prompts == "chunks":
+        return
     for prompt in dict.fromkeys(prompts):
         if bundle.family.truncated(bundle, [prompt]):
-            typer.echo(f"warning: the text encoder reads only the beginning of {prompt!r}: it is too long", err=True)
+            typer.echo(
+                f"warning: the text encoder reads only the beginning of {prompt!r}: it is too long. "
+                "--long-prompts chunks reads all of it.",
+                err=True,
+            )
 
 
 def save_png(image: Image.Image, path: Path, facts: dict[str, str]) -> None:
@@ -55,4 +61,5 @@ def facts_of(base: str, settings: SamplingSettings) -> dict[str, str]:
         "guidance": f"{settings.guidance:g}",
         "sampler": settings.sampler,
         "size": f"{settings.width}x{settings.height}",
+        "long_prompts": settings.long_prompts,
     }

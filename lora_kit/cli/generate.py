@@ -9,7 +9,14 @@ from typing import Annotated
 
 import typer
 
-from lora_kit.cli.options import DtypeName, parse_adapter, parse_size, refuse_existing
+from lora_kit.cli.options import (
+    LONG_PROMPTS_HELP,
+    DtypeName,
+    LongPrompts,
+    parse_adapter,
+    parse_size,
+    refuse_existing,
+)
 
 
 def command(
@@ -24,6 +31,7 @@ def command(
     guidance: Annotated[float, typer.Option(min=0, help="Classifier-free guidance; 1 or less turns it off.")] = 7.5,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels. Default: the base's own.")] = None,
     sampler: Annotated[str, typer.Option(help="ddim, dpm++, euler or pndm.")] = "ddim",
+    long_prompts: Annotated[LongPrompts, typer.Option(help=LONG_PROMPTS_HELP)] = "cut",
     dtype: Annotated[DtypeName | None, typer.Option(help="Default: fp16 on a GPU, else fp32.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures that are there.")] = False,
 ) -> None:
@@ -39,10 +47,12 @@ def command(
     from lora_kit.inference import SamplingSettings, generate
     from lora_kit.progress import progress
 
-    asked = SamplingSettings(steps=steps, guidance=guidance, negative_prompt=negative, sampler=sampler)
+    asked = SamplingSettings(
+        steps=steps, guidance=guidance, negative_prompt=negative, sampler=sampler, long_prompts=long_prompts
+    )
     prepared = open_base(base, adapters, dtype)
     settings = settings_for(prepared, size, asked)
-    warn_of_long_prompts(prepared, [*prompt, negative])
+    warn_of_long_prompts(prepared, [*prompt, negative], settings)
     scales = [option.scale for option in adapters]
     used = json.dumps([{"file": option.path.name, "scale": option.scale} for option in adapters])
     pictures = generate(prepared, prompt, seeds, scales, settings, progress)

@@ -17,6 +17,7 @@ from lora_kit.errors import LoraKitError
 COMMANDS = {
     "train": "Train what a recipe says.",
     "plan": "Show what a recipe would train; loads no weights.",
+    "cache": "Encode what a recipe trains on ahead of time; verify, prune.",
     "generate": "Draw prompts with a base and any number of scaled adapters.",
     "grid": "Draw strength × prompt × seed as one labelled picture.",
     "merge": "Merge adapters into a base's weights, and verify the result.",

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import torch
 
 DtypeName = Literal["fp32", "bf16", "fp16"]
+LongPrompts = Literal["cut", "chunks"]
+LONG_PROMPTS_HELP = "Prompts of more than 75 tokens: cut their end off, or encode them in chunks, as web UIs do."
 
 _WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/]")
 

@@ -5,9 +5,10 @@ from lora_kit.data.latents import cache_latents
 from lora_kit.data.loader import make_batch_loader, make_loader, process_share
 from lora_kit.data.records import Flaw, Record, Records
 from lora_kit.data.sampler import Share, StepSampler, micro_batches
+from lora_kit.data.samples import Latents, Sample, collate
 from lora_kit.data.scan import check_pictures
 from lora_kit.data.sources import count_records, open_records
-from lora_kit.data.training_set import Latents, Sample, TrainingSet, collate, open_training_set
+from lora_kit.data.training_set import TrainingSet, open_training_set, plain_section
 
 __all__ = [
     "Batch",
@@ -28,5 +29,6 @@ __all__ = [
     "micro_batches",
     "open_records",
     "open_training_set",
+    "plain_section",
     "process_share",
 ]

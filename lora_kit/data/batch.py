@@ -22,3 +22,5 @@ class Batch(NamedTuple):
     """float32 [b, c, h, w] of the VAE's posterior, unscaled, if cached."""
     latent_std: Tensor | None
     """float32 [b, c, h, w], as latent_mean."""
+    step_samples: int
+    """Samples of the optimizer step, over all micro-batches and processes: the loss of each counts 1 / this."""

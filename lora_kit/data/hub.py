@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import partial
-from io import BytesIO
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
-from PIL import Image, UnidentifiedImageError
-
+from lora_kit.data.cells import Cell, open_cell
 from lora_kit.data.filters import matching_rows, require_column
-from lora_kit.data.folder import caption_flaw
 from lora_kit.data.records import Flaw, Record
-from lora_kit.data.source import Found, Place, inner_path
+from lora_kit.data.source import Found, Place
+from lora_kit.data.stream import read_stream
+from lora_kit.data.texts import texts_in
 from lora_kit.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:
@@ -22,16 +19,6 @@ if TYPE_CHECKING:
 
 TABLE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 _SAVED_MARKS = ("state.json", "dataset_dict.json")
-
-
-class Cell(NamedTuple):
-    """Where a picture lies in a data set."""
-
-    table: Dataset
-    """The picture column alone, undecoded."""
-    row: int
-    folder: Path | None
-    """What its relative paths are relative to."""
 
 
 def is_saved(files: Iterable[str]) -> bool:
@@ -47,6 +34,7 @@ def read_hub(place: Place, saved: bool = False) -> Found:
     """
     import datasets
 
+    _refuse_unused(place, saved)
     table = _load_saved(place) if saved else _load(place)
     section, columns = place.section, table.column_names
     require_column(section.image_column, columns, place.origin, "image_column")
@@ -66,40 +54,28 @@ def read_hub(place: Place, saved: bool = False) -> Found:
 
 
 def _record(place: Place, cell: Cell, caption: object) -> Record | Flaw:
-    record_id = f"{place.label}/row-{cell.row}"
-    reason = caption_flaw(caption, f"column {place.section.caption_column!r} is empty")
-    if reason:
-        return Flaw(record_id, reason)
-    return Record(record_id, str(caption).strip(), place.index, place.section.repeats, partial(open_cell, *cell))
+    inner, section = f"row-{cell.row}", place.section
+    texts = texts_in(caption, f"column {section.caption_column!r} is empty", section.caption_fallback)
+    if isinstance(texts, str):
+        return Flaw(f"{place.label}/{inner}", texts)
+    return place.record(inner, texts, partial(open_cell, *cell))
 
 
-def open_cell(table: Dataset, row: int, folder: Path | None) -> Image.Image:
-    """Open the picture of a row: bytes, {bytes, path}, or a path within the data set's folder."""
-    cell: Any = next(iter(table[row].values()))
-    held: Any = cell.get("bytes") if isinstance(cell, Mapping) else cell
-    if isinstance(held, bytes):
-        return Image.open(BytesIO(held))
-    path = cell.get("path") if isinstance(cell, Mapping) else cell
-    if not isinstance(path, str):
-        raise UnidentifiedImageError(f"the cell holds {type(cell).__name__}, not a picture, its bytes or its path")
-    return Image.open(_picture_path(path, folder))
-
-
-def _picture_path(path: str, folder: Path | None) -> Path:
-    """Only what lies in the data set's folder or in the hub's caches: a data set must not reach for other files."""
-    from datasets import config
-    from huggingface_hub import constants
-
-    homes = (folder, Path(config.HF_DATASETS_CACHE), Path(constants.HF_HUB_CACHE))
-    inner = inner_path(path)
-    if inner is not None and folder is not None:
-        return folder / inner
-    whole = Path(os.path.normpath(path))
-    if whole.is_absolute() and any(home is not None and whole.is_relative_to(home) for home in homes):
-        return whole
-    raise UnidentifiedImageError(
-        f"its path {path!r} leaves the data set's folder; embed the pictures (Dataset.save_to_disk does)"
-    )
+def _refuse_unused(place: Place, saved: bool) -> None:
+    section = place.section
+    unused = [
+        name
+        for name, is_set in {
+            "metadata_file": section.metadata_file is not None,
+            "caption_suffix": section.caption_suffix is not None,
+            "layout": section.layout == "kohya",
+            "streaming": section.streaming and saved,
+        }.items()
+        if is_set
+    ]
+    if unused:
+        kind = "a saved data set, which is read in place" if saved else "a data set of rows"
+        raise DataError(f"{place.origin}: {', '.join(unused)} does nothing with {kind}. Remove it.")
 
 
 def _load(place: Place) -> Dataset:
@@ -108,6 +84,8 @@ def _load(place: Place) -> Dataset:
 
     name, files = _builder(place)
     try:
+        if place.section.streaming:
+            return read_stream(place, name, files)
         return datasets.load_dataset(name, place.section.config, split=place.section.split, data_files=files)
     # FileNotFoundError and ConnectionError are OSErrors; unknown configs and splits are ValueErrors, and data
     # sets that are scripts RuntimeErrors.
@@ -126,7 +104,7 @@ def _builder(place: Place) -> tuple[str, dict[str, str] | None]:
 
 
 def _load_message(place: Place, error: Exception) -> str:
-    text = str(error).strip().rstrip(".")
+    text = str(error.__cause__ or error).strip().rstrip(".")
     if place.path is not None:
         return f"{place.origin}: HF datasets cannot load it: {text}."
     return (

@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader
 
 from lora_kit.data.batch import Batch
 from lora_kit.data.sampler import Share, StepSampler
-from lora_kit.data.training_set import Sample, TrainingSet, collate
+from lora_kit.data.samples import Sample, collate
+from lora_kit.data.training_set import TrainingSet
 from lora_kit.data.workers import worker_options
 from lora_kit.recipe import Recipe
 
@@ -30,15 +31,16 @@ class Processes(Protocol):
 def make_loader(
     training_set: TrainingSet, recipe: Recipe, processes: Processes, first_step: int = 0
 ) -> Iterator[list[Batch]]:
-    """This process's micro-batches of one optimizer step after the other, from `first_step` to `max_steps`.
+    """This process's micro-batches of one optimizer step after the other, from `first_step` to `max_steps`. None in a
+    step of fewer samples than processes, where this process has no sample.
 
     Raises RecipeError if there are more processes than pictures in a step. Not to be prepared by accelerate,
     which would share the batches out a second time.
     """
     share = process_share(recipe, processes.process_index, processes.num_processes)
-    sampler = StepSampler(share, first_step, recipe.train.max_steps)
+    sampler = StepSampler(share, first_step, recipe.train.max_steps, training_set.order.size_of)
     loader = make_batch_loader(training_set, sampler, pin_memory=processes.device.type == "cuda")
-    return _steps(loader, sampler.per_step)
+    return _steps(loader, sampler)
 
 
 def process_share(recipe: Recipe, rank: int, world: int) -> Share:
@@ -55,7 +57,7 @@ def make_batch_loader(training_set: TrainingSet, sampler: StepSampler, pin_memor
     )
 
 
-def _steps(loader: DataLoader[Sample], per_step: int) -> Iterator[list[Batch]]:
+def _steps(loader: DataLoader[Sample], sampler: StepSampler) -> Iterator[list[Batch]]:
     batches: Iterator[Any] = iter(loader)
-    while step := list(islice(batches, per_step)):
-        yield step
+    for count in sampler.counts():
+        yield list(islice(batches, count))

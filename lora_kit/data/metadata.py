@@ -1,17 +1,17 @@
-"""Rows of metadata.jsonl and metadata.csv."""
+"""Rows of metadata.jsonl, metadata.csv and metadata.parquet."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from lora_kit.data.records import Flaw
 from lora_kit.errors import DataError
 
-METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 class Row(NamedTuple):
@@ -19,15 +19,45 @@ class Row(NamedTuple):
 
     id: str
     """`set/metadata.jsonl line 3`, for messages."""
-    cells: dict[str, object]
+    cells: Mapping[str, object]
 
 
-def read_rows(path: Path, name: str, flaws: list[Flaw]) -> list[Row]:
+class Table(NamedTuple):
+    """A metadata file."""
+
+    columns: set[str]
+    rows: list[Row]
+
+
+def read_table(path: Path, name: str, wanted: Collection[str], flaws: list[Flaw]) -> Table:
     """All rows of a metadata file, called `name` in messages; rows that cannot be read are added to `flaws`.
 
+    wanted: the columns that will be looked at; of a parquet file no others are read.
     Raises DataError if the file as a whole cannot be read.
     """
-    parse = _json_rows if path.suffix == ".jsonl" else _csv_rows
+    suffix = path.suffix.lower()
+    if suffix not in (".jsonl", ".csv", ".parquet"):
+        raise DataError(f"{path} is no metadata file: its name ends in {suffix or 'nothing'}, not .jsonl or .csv.")
+    if suffix == ".parquet":
+        return _parquet_table(path, name, wanted)
+    return _text_table(path, name, flaws)
+
+
+def _parquet_table(path: Path, name: str, wanted: Collection[str]) -> Table:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            columns: set[str] = set(file.schema_arrow.names)
+            cells: list[dict[str, object]] = file.read(columns=[*columns & set(wanted)]).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    return Table(columns, [Row(f"{name} row {number}", row) for number, row in enumerate(cells)])
+
+
+def _text_table(path: Path, name: str, flaws: list[Flaw]) -> Table:
+    parse = _json_rows if path.suffix.lower() == ".jsonl" else _csv_rows
     rows: list[Row] = []
     try:
         # newline="": the csv module must see line breaks within quotes as they are.
@@ -44,7 +74,7 @@ def read_rows(path: Path, name: str, flaws: list[Flaw]) -> list[Row]:
         ) from error
     except (OSError, csv.Error) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
-    return rows
+    return Table({column for row in rows for column in row.cells}, rows)
 
 
 def _json_rows(file: TextIO) -> Iterator[tuple[int, dict[str, object] | str]]:

@@ -21,14 +21,14 @@ class Chances(NamedTuple):
     down: float
 
 
-@lru_cache(maxsize=4)
-def permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
-    """The order of `count` samples in an epoch, int64 [count], read-only.
+@lru_cache(maxsize=8)
+def permutation(seed: int, epoch: int, count: int, use: str = "order") -> NDArray[np.int64]:
+    """The order of `count` samples (or what else `use` names) in an epoch, int64 [count], read-only.
 
     Sorts raw Philox words (Salmon et al. 2011): NumPy promises those for all versions and platforms, which it
     does not for `Generator.permutation` (NEP 19), nor PyTorch for `randperm`.
     """
-    words = np.random.Philox(key=int.from_bytes(_digest(16, "order", seed, epoch), "big")).random_raw(count)
+    words = np.random.Philox(key=int.from_bytes(_digest(16, use, seed, epoch), "big")).random_raw(count)
     order = np.argsort(words, kind="stable").astype(np.int64)
     order.flags.writeable = False
     return order

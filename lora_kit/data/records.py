@@ -34,6 +34,14 @@ class Record:
     """Appearances in an epoch."""
     open: Callable[[], Image.Image]
     """Opens the picture (Pillow reads the header only). Can be pickled."""
+    captions: tuple[str, ...] = ()
+    """All its captions, where it has several; `caption` is the first."""
+    is_regularisation: bool = False
+    """Keeps what the base knows of a class; no example of the subject."""
+    loss_weight: float = 1.0
+    """Factor of this picture's loss."""
+    alpha: str = "white"
+    """What `read_picture` does with transparency, as the recipe's `data.alpha` says it."""
 
 
 @dataclass
@@ -78,10 +86,10 @@ def settle_flaws(flaws: Sequence[Flaw], remaining: int, on_error: str, all_known
 
 
 def fingerprint(records: Iterable[Record]) -> str:
-    """SHA-256 over ids, captions and repeats in order: equal exactly when the stream of samples is."""
+    """SHA-256 over ids, captions and repeats in order: equal exactly when the sources hand over the same."""
     digest = hashlib.sha256()
     for record in records:
-        digest.update(repr((record.id, record.caption, record.repeats)).encode())
+        digest.update(repr((record.id, record.caption, record.repeats, *record.captions)).encode())
     return digest.hexdigest()
 
 

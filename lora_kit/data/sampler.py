@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch.utils.data import Sampler
@@ -29,14 +29,15 @@ class Share:
             )
 
 
-def micro_batches(step: int, share: Share) -> list[list[int]]:
+def micro_batches(step: int, share: Share, samples: int | None = None) -> list[list[int]]:
     """Stream positions of this process's micro-batches in optimizer step `step` (0-based).
 
-    Step s holds positions s·B … s·B + B-1. Processes take consecutive runs of it, and micro-batches consecutive
-    runs of those, whose lengths differ by one at most.
+    Step s holds positions s·B … s·B + B-1, or the first `samples` of them. Processes take consecutive runs of it, and
+    micro-batches consecutive runs of those, whose lengths differ by one at most. A process gets none where there are
+    fewer samples than processes.
     """
     start = step * share.batch_size
-    first, last = _part(share.batch_size, share.rank, share.world)
+    first, last = _part(share.batch_size if samples is None else samples, share.rank, share.world)
     count = -(-(last - first) // share.micro_batch_size)
     cuts = [_part(last - first, index, count) for index in range(count)]
     return [list(range(start + first + low, start + first + high)) for low, high in cuts]
@@ -45,22 +46,31 @@ def micro_batches(step: int, share: Share) -> list[list[int]]:
 class StepSampler(Sampler[list[int]]):
     """Batch sampler: the micro-batches of optimizer steps `first_step` … `max_steps` - 1, one after the other."""
 
-    def __init__(self, share: Share, first_step: int, max_steps: int):
+    def __init__(self, share: Share, first_step: int, max_steps: int, size_of: Callable[[int], int] | None = None):
+        """size_of: samples of a step, over all processes. Default: always the batch size."""
         self.share = share
         self.first_step = first_step
         self.max_steps = max_steps
+        self.size_of = size_of
 
     @property
     def per_step(self) -> int:
-        """Micro-batches of this process in each step. Processes can differ by one."""
+        """Micro-batches of this process in a step of the whole batch size. Processes can differ by one."""
         return len(micro_batches(0, self.share))
 
+    def counts(self) -> Iterator[int]:
+        """Micro-batches of this process in one step after the other."""
+        return (len(self._step(step)) for step in range(self.first_step, self.max_steps))
+
     def __len__(self) -> int:
-        return max(0, self.max_steps - self.first_step) * self.per_step
+        return sum(self.counts())
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.first_step, self.max_steps):
-            yield from micro_batches(step, self.share)
+            yield from self._step(step)
+
+    def _step(self, step: int) -> list[list[int]]:
+        return micro_batches(step, self.share, self.size_of(step) if self.size_of else None)
 
 
 def _part(length: int, index: int, parts: int) -> tuple[int, int]:

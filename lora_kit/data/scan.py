@@ -2,54 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import NamedTuple
 
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lora_kit.data.pictures import picture_tensor, read_picture
+from lora_kit.data.bucket_places import has_buckets
+from lora_kit.data.buckets import Size, fills
+from lora_kit.data.crops import cut_picture, pixels_of
+from lora_kit.data.pictures import read_picture
 from lora_kit.data.records import MAX_NAMED, Flaw, Record, name_some, settle_flaws
 from lora_kit.data.training_set import TrainingSet
 from lora_kit.data.workers import worker_options
 from lora_kit.errors import DataError
 from lora_kit.progress import ProgressBar, progress
 
-UsePixels = Callable[[int, Tensor], None]
+UsePixels = Callable[[int, Sequence[Tensor]], None]
+"""(record, its picture's pixels at each of its sizes, float32 [3, height, width])."""
 
 
 class Scanned(NamedTuple):
     """What one picture turned out to be."""
 
-    pixels: Tensor | None
-    """float32 [3, side, side], if asked for and readable."""
+    pixels: list[Tensor]
+    """At each of its sizes float32 [3, height, width], if asked for and readable."""
     reason: str
     """Why it cannot be used; empty if it can."""
     animated: bool
     enlarged: bool
-    """Its shorter side is below the resolution."""
+    """It is smaller than a size that it is trained at."""
 
 
 class Pictures(Dataset[Scanned]):
     """Every record's picture once, in order; errors become results."""
 
-    def __init__(self, records: list[Record], side: int, keep_pixels: bool):
+    def __init__(self, records: list[Record], sizes: list[list[Size]], keep_pixels: bool):
+        """Sizes: those that each record is trained at."""
         self.records = records
-        self.side = side
+        self.sizes = sizes
         self.keep_pixels = keep_pixels
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Scanned:
-        record = self.records[index]
+        record, sizes = self.records[index], self.sizes[index]
         try:
             picture = read_picture(record)
         except DataError as error:
-            return Scanned(None, str(error).removeprefix(f"{record.id}: "), False, False)
-        pixels = picture_tensor(picture.image, self.side) if self.keep_pixels else None
-        return Scanned(pixels, "", picture.animated, min(picture.image.size) < self.side)
+            return Scanned([], str(error).removeprefix(f"{record.id}: "), False, False)
+        pixels = [pixels_of(cut_picture(picture.image, size)) for size in sizes] if self.keep_pixels else []
+        enlarged = not all(fills(picture.image.size, size) for size in sizes)
+        return Scanned(pixels, "", picture.animated, enlarged)
 
 
 def check_pictures(training_set: TrainingSet, bar: ProgressBar = progress) -> None:
@@ -66,7 +72,8 @@ def scan_pictures(training_set: TrainingSet, bar: ProgressBar, what: str, use: U
     """`check_pictures` that also hands each readable picture's pixels to `use(record, pixels)`, in order."""
     records, section = training_set.records, training_set.section
     raises = section.on_error == "raise"
-    pictures = Pictures(records, section.resolution, use is not None)
+    sizes = [training_set.places.sizes_of(record) for record in range(len(records))]
+    pictures = Pictures(records, sizes, use is not None)
     loader: DataLoader[Scanned] = DataLoader(pictures, batch_size=None, **worker_options(section.workers))
     findings = _Findings({}, [], [])
     with closing(bar(loader, what, len(records))) as results:
@@ -75,7 +82,7 @@ def scan_pictures(training_set: TrainingSet, bar: ProgressBar, what: str, use: U
             if raises and len(findings.broken) == MAX_NAMED:
                 break
             # With `raise`, nothing is worth encoding after the first broken picture: only the others' names are.
-            if use is not None and found.pixels is not None and not (raises and findings.broken):
+            if use is not None and found.pixels and not (raises and findings.broken):
                 use(index, found.pixels)
     _settle(training_set, findings, raises)
 
@@ -101,8 +108,9 @@ def _settle(training_set: TrainingSet, findings: _Findings, raises: bool) -> Non
     training_set.drop(findings.broken)
     training_set.checked = True
     _notice(training_set, findings.animated, "have several frames, of which the first is used")
-    side = training_set.section.resolution
-    _notice(training_set, findings.enlarged, f"are smaller than {side} pixels and were enlarged")
+    section = training_set.section
+    than = "their bucket" if has_buckets(section) else f"{training_set.places.sizes[0][0]} pixels"
+    _notice(training_set, findings.enlarged, f"are smaller than {than} and were enlarged")
 
 
 def _notice(training_set: TrainingSet, ids: list[str], what: str) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from PIL import Image
+
 from lora_kit.data.records import Flaw, Record
+from lora_kit.data.texts import Texts
 from lora_kit.recipe.sections import SourceSection
 
 PICTURE_SUFFIXES = frozenset(
@@ -25,12 +29,29 @@ class Place:
     label: str
     """First part of its records' ids, unique among the sources."""
     path: Path | None
-    """File or folder, absolute; None for a data set of the hub."""
+    """File, folder or pattern, absolute; None for a data set of the hub."""
+    alpha: str = "white"
+    """What becomes of transparency: the source's or, without one, the data set's."""
 
     @property
     def origin(self) -> str:
         """How messages name it."""
         return f"data.sources.{self.index} ({self.path or self.section.path})"
+
+    def record(self, inner: str, texts: Texts, opener: Callable[[], Image.Image]) -> Record:
+        """The record called `inner` within this source."""
+        section = self.section
+        return Record(
+            id=f"{self.label}/{inner}",
+            caption=texts.caption,
+            source=self.index,
+            repeats=section.repeats,
+            open=opener,
+            captions=texts.captions,
+            is_regularisation=section.regularisation,
+            loss_weight=section.loss_weight,
+            alpha=self.alpha,
+        )
 
 
 @dataclass
@@ -73,6 +94,30 @@ def inner_path(name: str) -> str | None:
     normal = os.path.normpath(plain).replace(os.sep, "/")
     leaves = normal == ".." or normal.startswith("../")
     return None if leaves or Path(normal).is_absolute() or Path(normal).drive else normal
+
+
+class Links:
+    """Tells whether a name in a folder leads out of it through a link. A downloaded data set must not reach for
+    other files of this machine; those of the hub's cache, which are links by its design, are the data set's own."""
+
+    def __init__(self, folder: Path):
+        from huggingface_hub import constants
+
+        self.folder = folder
+        self.homes = tuple(Path(os.path.realpath(home)) for home in (folder, constants.HF_HUB_CACHE))
+        self.parents: dict[str, bool] = {}
+
+    def leave(self, inner: str) -> bool:
+        """Whether the relative path `inner`, in normal form, ends outside. Costs one look at the file, no more."""
+        parent, _, name = inner.rpartition("/")
+        if parent not in self.parents:
+            self.parents[parent] = self._outside(self.folder / parent)
+        path = self.folder / parent / name
+        return self._outside(path) if path.is_symlink() else self.parents[parent]
+
+    def _outside(self, path: Path) -> bool:
+        real = Path(os.path.realpath(path))
+        return not any(real.is_relative_to(home) for home in self.homes)
 
 
 def has_suffix(name: str, suffixes: frozenset[str]) -> bool:

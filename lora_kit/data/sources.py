@@ -4,25 +4,37 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lora_kit.data.folder import read_folder
 from lora_kit.data.hub import TABLE_BUILDERS, is_saved, read_hub
 from lora_kit.data.metadata import METADATA_NAMES
+from lora_kit.data.patterns import matching_files
 from lora_kit.data.records import Records, settle_flaws
+from lora_kit.data.shards import COMPRESSED_SUFFIXES, SHARD_SUFFIX, read_shards
+from lora_kit.data.shares import weighted_repeats
 from lora_kit.data.source import PICTURE_SUFFIXES, Found, Place, has_suffix, list_files
 from lora_kit.errors import DataError, did_you_mean
-from lora_kit.recipe import DataSection, SourceSection, describe_lookup
+from lora_kit.recipe import DataSection, SourceSection, describe_lookup, expand_sources, is_pattern
+
+TEXT_TABLES = ("metadata.jsonl", "metadata.csv")  # beside a metadata.parquet pictures must lie: it may hold them
+_MOST_SAMPLES = 50_000_000  # an epoch's order takes 8 bytes a sample
 
 
 def open_records(section: DataSection, folder: Path | None = None) -> Records:
     """The records of all sources, in a stable order. Reads captions, opens no picture.
 
     folder: what relative paths are relative to; by default the current folder (`load_recipe` has made them
-    absolute). Raises DataError: a source is missing, empty, or lacks a column; or captions or files are missing
-    and `on_error` is `raise`.
+    absolute). `Record.source` is the index in the sources of `expand_sources(section)`, which differ from the
+    section's own only for a data-set TOML that load_recipe has not read.
+    Raises DataError: a source is missing, empty, or lacks a column; or captions or files are missing and `on_error`
+    is `raise`. RecipeError: a data-set TOML cannot be followed.
     """
-    found = [_read(place) for place in _places(section.sources, folder or Path.cwd())]
+    folder = folder or Path.cwd()
+    section = expand_sources(section, folder)
+    found = [_read(place) for place in _places(section, folder)]
+    _weigh(section, found)
     records = [record for part in found for record in part.records]
     flaws = [flaw for part in found for flaw in part.flaws]
     settle_flaws(flaws, len(records), section.on_error)
@@ -34,18 +46,51 @@ def count_records(section: DataSection, folder: Path | None = None) -> int:
     return sum(record.repeats for record in open_records(section, folder))
 
 
-def _places(sources: Sequence[SourceSection], folder: Path) -> list[Place]:
+def _weigh(section: DataSection, found: Sequence[Found]) -> None:
+    """Multiply the records' repeats so that the sources' shares are their weights', if they have any."""
+    weights = [source.weight for source in section.sources if source.weight is not None]
+    if len(weights) != len(found):
+        return
+    samples = [sum(record.repeats for record in part.records) for part in found]
+    repeats = weighted_repeats(samples, weights)
+    epoch = sum(count * times for count, times in zip(samples, repeats, strict=True))
+    if epoch > _MOST_SAMPLES:
+        rarest = repeats.index(min(repeats))
+        raise DataError(
+            f"data.sources: these weights make an epoch of {epoch:,} samples, over {_MOST_SAMPLES:,}: source {rarest} "
+            f"has {samples[rarest]:,} samples and a share of {weights[rarest] / sum(weights):.2g}. Raise its weight."
+        )
+    for part, times in zip(found, repeats, strict=True):
+        part.records = [replace(record, repeats=record.repeats * times) for record in part.records]
+    shares = ", ".join(
+        f"{source.path} × {times} = {count * times / epoch:.1%}"
+        for source, times, count in zip(section.sources, repeats, samples, strict=True)
+    )
+    found[0].notices.append(f"Weights as repeats, and each source's share of the samples: {shares}.")
+
+
+def _places(section: DataSection, folder: Path) -> list[Place]:
+    sources = section.sources
     paths = [_locate(source, index, folder) for index, source in enumerate(sources)]
-    names = [(path.name if path else source.path) for path, source in zip(paths, sources, strict=True)]
+    names = [_name(source, path) for path, source in zip(paths, sources, strict=True)]
     shared = {name for name, count in Counter(names).items() if count > 1}
     labels = [f"{name}@{index}" if name in shared else name for index, name in enumerate(names)]
-    return [Place(source, index, labels[index], paths[index]) for index, source in enumerate(sources)]
+    return [
+        Place(source, index, labels[index], paths[index], source.alpha or section.alpha)
+        for index, source in enumerate(sources)
+    ]
+
+
+def _name(source: SourceSection, path: Path | None) -> str:
+    if path is None:
+        return source.path
+    return path.name if path.exists() else path.parent.name  # a pattern: the folder that its files lie in
 
 
 def _locate(source: SourceSection, index: int, folder: Path) -> Path | None:
     """The source's absolute path; None if it can only be a data set of the hub."""
     path = (folder / source.path).absolute()
-    if path.exists():
+    if path.exists() or is_pattern(source.path):
         return path
     parts = Path(source.path).parts
     is_id = len(parts) <= 2 and not Path(source.path).is_absolute() and not source.path.startswith((".", "~"))
@@ -60,18 +105,35 @@ def _locate(source: SourceSection, index: int, folder: Path) -> Path | None:
 def _read(place: Place) -> Found:
     if place.path is None:
         return read_hub(place)
-    if not place.path.is_dir():
-        if place.path.name in METADATA_NAMES:
-            raise DataError(f"{place.origin}: name the folder that {place.path.name} lies in: {place.path.parent}.")
-        return read_hub(place)
-    files = list_files(place.path)
+    if place.path.is_dir():
+        return _not_empty(_read_folder(place, place.path), place)
+    if place.path.name in METADATA_NAMES:
+        raise DataError(f"{place.origin}: name the folder that {place.path.name} lies in: {place.path.parent}.")
+    if place.path.name.lower().endswith(COMPRESSED_SUFFIXES):
+        raise DataError(
+            f"{place.origin}: a compressed archive is read from its beginning only. Unpack it to .tar, or to a folder."
+        )
+    if place.path.suffix.lower() == SHARD_SUFFIX or is_pattern(place.section.path):
+        shards = [place.path] if place.path.exists() else matching_files(place.path, place.origin)
+        return _not_empty(read_shards(place, shards), place)
+    return read_hub(place)
+
+
+def _read_folder(place: Place, folder: Path) -> Found:
+    files = [name for name in list_files(folder) if place.section.nested or "/" not in name]
     if is_saved(files):
         return read_hub(place, saved=True)
-    has_tables = any(has_suffix(name, frozenset(TABLE_BUILDERS)) for name in files)
-    is_pictures = any(name in METADATA_NAMES or has_suffix(name, PICTURE_SUFFIXES) for name in files)
-    if has_tables and not is_pictures:
-        return _not_empty(read_hub(place), place)
-    return _not_empty(read_folder(place, place.path, files), place)
+    has_pictures = any(has_suffix(name, PICTURE_SUFFIXES) for name in files)
+    is_table = any(name in TEXT_TABLES for name in files) or place.section.metadata_file is not None
+    if not has_pictures and not is_table:
+        if any(has_suffix(name, frozenset(TABLE_BUILDERS)) for name in files):
+            return read_hub(place)
+        shards = [folder / name for name in files if has_suffix(name, frozenset({SHARD_SUFFIX}))]
+        if shards:
+            return read_shards(place, shards)
+    if place.section.streaming:
+        raise DataError(f"{place.origin}: streaming does nothing with a folder of pictures, which is read in place.")
+    return read_folder(place, folder, files)
 
 
 def _not_empty(found: Found, place: Place) -> Found:

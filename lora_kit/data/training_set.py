@@ -2,73 +2,74 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import Dataset
 
-from lora_kit.data.batch import Batch
-from lora_kit.data.order import Chances, chances, permutation
-from lora_kit.data.pictures import picture_tensor, read_picture, square_picture
-from lora_kit.data.records import Flaw, Record, Records, fingerprint, settle_flaws
+from lora_kit.data.bucket_order import BucketOrder, Order, StreamOrder
+from lora_kit.data.bucket_places import has_buckets, place_pictures
+from lora_kit.data.buckets import Size
+from lora_kit.data.captions import CaptionChances, Captioner
+from lora_kit.data.crops import cut_picture, pixels_of
+from lora_kit.data.order import Chances, chances
+from lora_kit.data.pictures import read_picture, square_picture
+from lora_kit.data.records import Flaw, Records, fingerprint, name_some, settle_flaws
+from lora_kit.data.samples import Latents, Sample
+from lora_kit.data.sizes import KnownSize, read_sizes
 from lora_kit.data.sources import open_records
 from lora_kit.errors import DataError
-from lora_kit.recipe import DataSection
-
-
-class Sample(NamedTuple):
-    """One training example; `Batch` says what the fields are."""
-
-    id: str
-    position: int
-    """Index within the optimizer step."""
-    caption: str
-    pixels: Tensor | None
-    """float32 [3, H, W]."""
-    latent_mean: Tensor | None
-    latent_std: Tensor | None
-
-
-class Latents(NamedTuple):
-    """Posterior means and deviations of one version of all records, float32 [n, c, h, w] on the CPU."""
-
-    mean: Tensor
-    std: Tensor
+from lora_kit.progress import ProgressBar, progress
+from lora_kit.recipe import BucketSection, DataSection, SourceSection, expand_sources
 
 
 class TrainingSet(Dataset[Sample]):
     """`training_set[k]` is the sample at position k of the endless stream, k from 0.
 
-    Epoch k // n goes through all n samples (each record `repeats` times) in an order of its own. Order, flip,
-    crop and caption dropout depend on (seed, epoch, sample) alone, so a resumed run, or one cut differently
-    into processes and micro-batches, sees the very same samples.
+    Each epoch goes through all samples (each record `repeats` times at each of its sizes) in an order of its own,
+    which `order` knows. Order, flip, crop and caption dropout depend on (seed, epoch, sample) alone, so a resumed
+    run, or one cut differently into processes and micro-batches, sees the very same samples.
     """
 
-    def __init__(self, records: Records, section: DataSection, seed: int, skip: Sequence[tuple[str, str]] = ()):
-        """Skip: (id, reason) of records to leave out beforehand, such as an earlier run's `skipped`."""
+    def __init__(
+        self,
+        records: Records,
+        section: DataSection,
+        seed: int,
+        skip: Sequence[tuple[str, str]] = (),
+        sizes: Sequence[Size | None] | None = None,
+    ):
+        """Skip: (id, reason) of records to leave out beforehand, such as an earlier run's `skipped`.
+
+        sizes: those of the records' pictures, as `read_sizes` gives them; needed with `data.buckets`.
+        """
+        assert sizes is not None or section.buckets is None
         self.records = list(records)
+        self.sizes = None if sizes is None else list(sizes)
         self.section = section
         self.seed = seed
         self.skipped: list[Flaw] = list(records.skipped)
         """Records left out under `on_error: skip`, each with its reason."""
-        self.notices: list[str] = list(records.notices)
+        self.captioner = Captioner(section)
+        self.notices: list[str] = [*records.notices, *self.captioner.notices(self.records)]
         """What the user should be told once."""
-        self.latents: Latents | None = None
-        self.mirrored: Latents | None = None
+        self.latents: dict[Size, Latents] | None = None
+        """For each bucket's size, those of its places in their order."""
+        self.mirrored: dict[Size, Latents] | None = None
         """Latents of the mirrored pictures, if `flip` is on."""
         self.checked = False
         """Every picture has been decoded once."""
         self._number_samples()
         wanted = dict(skip)
         self.drop({i: wanted[record.id] for i, record in enumerate(self.records) if record.id in wanted})
+        self._tell_lowered()
 
     def __len__(self) -> int:
-        """Samples in an epoch."""
+        """Samples in an epoch, without those that a wrapping bucket shows once more."""
         return len(self._samples)
 
     @property
@@ -78,8 +79,13 @@ class TrainingSet(Dataset[Sample]):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of ids, captions and repeats in order: a resumed run whose data changed has another."""
-        return fingerprint(self.records)
+        """SHA-256 of ids, captions and repeats, and of the sizes trained at, in order: a resumed run whose data changed
+        has another."""
+        own = fingerprint(self.records)
+        if not has_buckets(self.section):
+            return own
+        sizes = [self.places.sizes_of(record) for record in range(self.record_count)]
+        return hashlib.sha256(f"{own} {sizes}".encode()).hexdigest()
 
     @property
     def cacheable(self) -> bool:
@@ -88,25 +94,37 @@ class TrainingSet(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         """The sample at absolute position `index`. Raises DataError if its picture cannot be read any more."""
-        epoch, place = divmod(index, len(self))
-        number = int(permutation(self.seed, epoch, len(self))[place])
-        draws = chances(self.seed, epoch, number)
-        record = int(self._samples[number])
-        caption = "" if draws.caption < self.section.caption_dropout else self.caption(record)
-        return self._sample(record, index % self.section.batch_size, caption, draws)
+        step, position = divmod(index, self.section.batch_size)
+        turn = self.order.locate(index)
+        draws = chances(self.seed, turn.epoch, turn.chance)
+        place = int(self._samples[turn.sample])
+        told = CaptionChances(self.seed, turn.epoch, turn.chance)
+        dropped = draws.caption < self.section.caption_dropout
+        caption = "" if dropped else self.caption(int(self.places.record[place]), told)
+        return self._sample(place, caption, draws)._replace(position=position, step_samples=self.order.size_of(step))
 
     def plain(self, record: int) -> Sample:
-        """A record as it is, for held-out figures: centre crop, no flip, its caption; position = record."""
+        """A record as it is, for held-out figures: its first size, centre crop, no flip, its caption; position =
+        record."""
         middle = Chances(flip=1.0, caption=1.0, across=0.5, down=0.5)
-        return self._sample(record, record, self.caption(record), middle, centered=True)
+        place = self.places.of(record)[0]
+        return self._sample(place, self.caption(record), middle, centered=True)._replace(position=record)
 
-    def caption(self, record: int) -> str:
-        """The record's caption, after the trigger word."""
-        return f"{self.section.trigger} {self.records[record].caption}".strip()
+    def caption(self, record: int, draws: CaptionChances | None = None) -> str:
+        """The record's caption by `data.captions`, after the trigger word; without `draws` nothing in it is random."""
+        return self.captioner.caption(self.records[record], draws)
 
     def captions(self) -> list[str]:
-        """All captions, in the records' order."""
+        """One caption of each record, nothing random, in the records' order: those that `plain` gives."""
         return [self.caption(record) for record in range(self.record_count)]
+
+    def longest_captions(self) -> list[str]:
+        """`Captioner.longest` of all records."""
+        return [text for record in self.records for text in self.captioner.longest(record)]
+
+    def possible_captions(self, record: int, limit: int) -> list[str] | None:
+        """`Captioner.possible` of a record."""
+        return self.captioner.possible(self.records[record], limit)
 
     def pictures(self) -> list[Image.Image]:
         """All pictures as RGB squares of `resolution`, centre crop, in the records' order. Opens the files."""
@@ -120,47 +138,66 @@ class TrainingSet(Dataset[Sample]):
         settle_flaws(flaws, len(self.records) - len(flaws), "skip")
         self.skipped += flaws
         self.records = [record for index, record in enumerate(self.records) if index not in broken]
+        if self.sizes is not None:
+            self.sizes = [size for index, size in enumerate(self.sizes) if index not in broken]
         self._number_samples()
 
     def _number_samples(self) -> None:
         if not self.records:
             raise DataError("The data set has no records. Check data.sources and their where.")
-        repeats = [record.repeats for record in self.records]
-        self._samples = np.repeat(np.arange(len(self.records)), repeats)
+        self.places = place_pictures(self.records, self.sizes, self.section)
+        repeats = np.array([record.repeats for record in self.records])
+        self._samples = np.repeat(np.arange(len(self.places.record)), repeats[self.places.record])
+        self.order: Order = self._make_order()
+        """Which sample stands where in the stream."""
 
-    def _sample(self, record: int, position: int, caption: str, draws: Chances, centered: bool = False) -> Sample:
+    def _make_order(self) -> Order:
+        section = self.section
+        if not has_buckets(section):
+            return StreamOrder(len(self._samples), section.batch_size, self.seed)
+        wraps = (section.buckets or BucketSection()).short == "wrap"
+        return BucketOrder(self.places.bucket[self._samples], section.batch_size, wraps, self.seed)
+
+    def _tell_lowered(self) -> None:
+        ids = [self.records[record].id for record in self.places.lowered]
+        if ids:
+            self.notices.append(
+                f"{len(ids)} of {len(self.records)} pictures are smaller than their bucket and go to a smaller one "
+                f"(data.buckets.upscale: true enlarges them instead): {name_some(ids)}."
+            )
+
+    def _sample(self, place: int, caption: str, draws: Chances, centered: bool = False) -> Sample:
         flip = self.section.flip and draws.flip < 0.5
-        record_id = self.records[record].id
+        record, size = self.records[self.places.record[place]], self.places.size(place)
         if self.latents is not None:
-            latents = self.mirrored if flip and self.mirrored is not None else self.latents
-            return Sample(record_id, position, caption, None, latents.mean[record], latents.std[record])
+            latents = (self.mirrored if flip and self.mirrored is not None else self.latents)[size]
+            row = int(self.places.row[place])
+            return Sample(record.id, 0, caption, None, latents.mean[row], latents.std[row])
         across, down = (0.5, 0.5) if centered or self.section.crop == "center" else (draws.across, draws.down)
-        pixels = load_pixels(self.records[record], self.section.resolution, across, down)
-        return Sample(record_id, position, caption, pixels.flip(-1) if flip else pixels, None, None)
+        pixels = pixels_of(cut_picture(read_picture(record).image, size, across, down))
+        return Sample(record.id, 0, caption, pixels.flip(-1) if flip else pixels, None, None)
 
 
-def open_training_set(section: DataSection, seed: int, folder: Path | None = None) -> TrainingSet:
-    """`open_records` as a TrainingSet. Arguments and errors as there."""
-    return TrainingSet(open_records(section, folder), section, seed)
+def open_training_set(
+    section: DataSection,
+    seed: int,
+    folder: Path | None = None,
+    bar: ProgressBar = progress,
+    known: KnownSize | None = None,
+) -> TrainingSet:
+    """`open_records` as a TrainingSet; with `data.buckets` the pictures' headers are read too. Arguments and errors as
+    there.
+
+    known: sizes of pictures whose headers need not be read.
+    """
+    section = expand_sources(section, folder or Path.cwd())
+    records = open_records(section, folder)
+    sizes = read_sizes(records, section.workers, bar, known) if section.buckets else None
+    return TrainingSet(records, section, seed, sizes=sizes)
 
 
-def load_pixels(record: Record, side: int, across: float = 0.5, down: float = 0.5) -> Tensor:
-    """`read_picture` and `picture_tensor`: float32 [3, side, side] in -1..1."""
-    return picture_tensor(read_picture(record).image, side, across, down)
-
-
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Samples of equal kind (all pixels or all latents) → one micro-batch."""
-    return Batch(
-        ids=[sample.id for sample in samples],
-        positions=torch.tensor([sample.position for sample in samples], dtype=torch.int64),
-        captions=[sample.caption for sample in samples],
-        pixels=_stack([sample.pixels for sample in samples]),
-        latent_mean=_stack([sample.latent_mean for sample in samples]),
-        latent_std=_stack([sample.latent_std for sample in samples]),
-    )
-
-
-def _stack(tensors: Sequence[Tensor | None]) -> Tensor | None:
-    present = [tensor for tensor in tensors if tensor is not None]
-    return torch.stack(present) if present else None
+def plain_section(section: DataSection, source: SourceSection) -> DataSection:
+    """The section of held-out pictures: this one source, nothing random, at one resolution."""
+    buckets = section.buckets and section.buckets.model_copy(update={"resolutions": None})
+    plain: dict[str, Any] = {"flip": False, "caption_dropout": 0.0, "crop": "center", "buckets": buckets}
+    return section.model_copy(update={**plain, "sources": [source]})

@@ -21,6 +21,7 @@ from lora_kit.errors import ModelError, RecipeError
 from lora_kit.models import ModelBundle, scheduler_named
 from lora_kit.models.families import latent_scale
 from lora_kit.progress import ProgressBar, no_progress
+from lora_kit.recipe.captions import LongText
 
 # Pixels of one batch: four pictures of 512 × 512, which with guidance run as eight. Fits 8 GB in fp16.
 BATCH_PIXELS = 4 * 512 * 512
@@ -41,6 +42,8 @@ class SamplingSettings:
     height: int = 512
     sampler: str = "ddim"
     """A name that `lora_kit.models.scheduler_named` knows."""
+    long_prompts: LongText = "cut"
+    """What happens to prompts longer than the text encoder reads: as `data.captions.long` of a recipe."""
 
 
 def draw(
@@ -116,7 +119,7 @@ def _denoise(bundle: ModelBundle, prompts: Sequence[str], seeds: Sequence[int], 
     options = _step_options(scheduler, generators)
     guided = settings.guidance > 1
     captions = [settings.negative_prompt] * len(prompts) * guided + list(prompts)
-    condition = bundle.family.condition(bundle, captions)
+    condition = bundle.family.condition(bundle, captions, settings.long_prompts)
     latents = initial_noise(bundle, generators, settings) * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
         noisy = scheduler.scale_model_input(torch.cat([latents] * (1 + guided)), timestep)

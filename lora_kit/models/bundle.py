@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -9,6 +10,8 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
+
+from lora_kit.recipe.captions import LongText
 
 
 class Family(Protocol):
@@ -25,12 +28,23 @@ class Family(Protocol):
         """The clean latents z0 = scale · (mean + std · noise) that the diffusion is trained on, fp32."""
         ...
 
-    def condition(self, bundle: ModelBundle, captions: list[str]) -> Any:
-        """What the network is told besides z_t and t: for SD the text states [b, tokens, width]."""
+    def condition(self, bundle: ModelBundle, captions: list[str], long: LongText = "cut") -> Any:
+        """What the network is told besides z_t and t: for SD the text states [b, tokens, width].
+
+        long: captions longer than the text encoder reads are cut off, or encoded in chunks.
+        """
+        ...
+
+    def caption_states(self, bundle: ModelBundle, captions: list[str], long: LongText = "cut") -> list[Tensor]:
+        """Each caption's part of the condition, to be kept and joined again: for SD its text states [tokens, width]."""
+        ...
+
+    def join_states(self, states: Sequence[Tensor]) -> Any:
+        """`caption_states` of a micro-batch, on one device → its condition: `condition` is one after the other."""
         ...
 
     def truncated(self, bundle: ModelBundle, captions: list[str]) -> int:
-        """How many captions are longer than the condition can hold, so that their end is cut off."""
+        """How many captions are longer than a condition without chunks can hold, so that their end is cut off."""
         ...
 
     def predict(self, bundle: ModelBundle, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:

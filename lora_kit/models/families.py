@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from lora_kit.errors import ModelError
 from lora_kit.models.bundle import Family, ModelBundle
+from lora_kit.models.text_states import PaddedStates, chunk_ids, join_states
+from lora_kit.recipe.captions import LongText
 
 _OTHER_INPUTS = {
     5: "a depth-to-image model",
@@ -40,12 +42,33 @@ class StableDiffusion:
         scale, shift = latent_scale(bundle.vae)
         return (mean.float() + std.float() * noise.float() - shift) * scale
 
-    def condition(self, bundle: ModelBundle, captions: list[str]) -> Tensor:
+    def condition(self, bundle: ModelBundle, captions: list[str], long: LongText = "cut") -> Tensor | PaddedStates:
         """Captions → text states [b, tokens, width] in the text encoder's dtype; keeps the graph for training it.
 
         As StableDiffusionPipeline does: padded to the full length, no attention mask, last hidden state after
         the final norm. SD2's "penultimate layer" is in its config already, which has one layer less.
+        With `long="chunks"` as `caption_states`; PaddedStates where the captions' numbers of chunks differ.
         """
+        if long == "chunks":
+            return self.join_states(self.caption_states(bundle, captions, long))
+        return self._cut(bundle, captions)
+
+    def caption_states(self, bundle: ModelBundle, captions: list[str], long: LongText = "cut") -> list[Tensor]:
+        """Each caption's text states [tokens, width]. With `long="chunks"` a caption of n chunks has n times the
+        tokens: each chunk is encoded by itself between a start and an end token, and the states follow one another."""
+        if long == "cut":
+            return list(self._cut(bundle, captions).unbind())
+        chunks = chunk_ids(_tokenizer(bundle), captions, token_limit(bundle))
+        device = next(bundle.text_encoder.parameters()).device
+        ids = torch.tensor([ids for caption in chunks for ids in caption], device=device)
+        states = bundle.text_encoder(ids).last_hidden_state
+        return [part.flatten(0, 1) for part in states.split([len(caption) for caption in chunks])]
+
+    def join_states(self, states: Sequence[Tensor]) -> Tensor | PaddedStates:
+        """`caption_states` → the condition of a micro-batch."""
+        return join_states(states)
+
+    def _cut(self, bundle: ModelBundle, captions: list[str]) -> Tensor:
         tokenizer = _tokenizer(bundle)
         tokens: Any = tokenizer(
             captions,
@@ -63,13 +86,16 @@ class StableDiffusion:
         encoded: Any = _tokenizer(bundle)(captions, truncation=False, verbose=False)
         return sum(len(ids) > limit for ids in encoded.input_ids)
 
-    def predict(self, bundle: ModelBundle, noisy: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+    def predict(
+        self, bundle: ModelBundle, noisy: Tensor, timesteps: Tensor, condition: Tensor | PaddedStates
+    ) -> Tensor:
         """The UNet's output for z_t [b, c, h, w] at t [b] (int64), fp32 in the latents' shape.
 
         Inputs are cast to the dtype the base is held in, so that a bf16 base needs no autocast.
         """
         dtype = bundle.unet.conv_in.weight.dtype
-        return bundle.unet(noisy.to(dtype), timesteps, condition.to(dtype)).sample.float()
+        states, mask = condition if isinstance(condition, PaddedStates) else (condition, None)
+        return bundle.unet(noisy.to(dtype), timesteps, states.to(dtype), encoder_attention_mask=mask).sample.float()
 
 
 class StableDiffusion1(StableDiffusion):

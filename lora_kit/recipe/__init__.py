@@ -1,8 +1,12 @@
 """Recipes: what to train, on what, and how. Imports no torch."""
 
+from lora_kit.recipe.kohya import expand_sources
 from lora_kit.recipe.load import dump_recipe, load_recipe, recipe_schema
-from lora_kit.recipe.paths import describe_lookup
+from lora_kit.recipe.paths import describe_lookup, is_pattern
 from lora_kit.recipe.sections import (
+    BucketSection,
+    CaptionRules,
+    CaptionSection,
     DataSection,
     ModelSection,
     ObjectiveSection,
@@ -18,6 +22,9 @@ from lora_kit.recipe.sections import (
 )
 
 __all__ = [
+    "BucketSection",
+    "CaptionRules",
+    "CaptionSection",
     "DataSection",
     "ModelSection",
     "ObjectiveSection",
@@ -32,6 +39,8 @@ __all__ = [
     "ValidationSection",
     "describe_lookup",
     "dump_recipe",
+    "expand_sources",
+    "is_pattern",
     "load_recipe",
     "recipe_schema",
 ]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from lora_kit.recipe.base import Problem
+from lora_kit.recipe.buckets import side_problem
 from lora_kit.recipe.rules import PresetRules, TargetRule
 
 if TYPE_CHECKING:
@@ -104,6 +105,10 @@ def _validation(recipe: Recipe) -> Iterator[Problem]:
             said = "`retrieval: true` needs `validation.held_out`: captions to draw and pictures to compare with."
             yield Problem(("validation", "retrieval"), said)
         return
+    said = side_problem(recipe.data.buckets, held_out.resolution or recipe.data.resolution)
+    if said:
+        where = ("validation", "held_out", "resolution") if held_out.resolution else ("data", "resolution")
+        yield Problem(where, f"{said} Held-out pictures are measured at it.")
     for index, source in enumerate(recipe.data.sources):
         same = ("path", "config", "split", "where")
         if all(getattr(source, key) == getattr(held_out, key) for key in same):

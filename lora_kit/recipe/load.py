@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from lora_kit.errors import RecipeError, did_you_mean
 from lora_kit.recipe.base import Problem, shown
+from lora_kit.recipe.kohya import expand_sources
 from lora_kit.recipe.messages import problems_in, recipe_error
 from lora_kit.recipe.overrides import KeyPath, apply_overrides
 from lora_kit.recipe.paths import Folder, escape_paths, resolve_paths
@@ -48,7 +49,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise recipe_error(str(path), _marked(problems, overridden)) from error
     if problems:
         raise recipe_error(str(path), _marked(problems, overridden))
-    return recipe
+    return _with_subsets(recipe, path)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -64,6 +65,21 @@ def dump_recipe(recipe: Recipe) -> str:
 def recipe_schema() -> dict[str, Any]:
     """JSON schema (draft 2020-12) of a recipe, for editors; descriptions are the fields' docstrings."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+
+
+def _with_subsets(recipe: Recipe, path: Path) -> Recipe:
+    """The recipe with the subsets of its data-set TOMLs as sources."""
+    held_out = recipe.validation.held_out
+    if held_out is not None and held_out.path.lower().endswith(".toml"):
+        said = "got a data-set TOML, which is several sources; name the folder of pictures that are held out."
+        raise recipe_error(str(path), [Problem(("validation", "held_out", "path"), said)])
+    data = expand_sources(recipe.data, path.absolute().parent)
+    if data is recipe.data:
+        return recipe
+    try:
+        return Recipe.model_validate({**recipe.model_dump(exclude_unset=True), "data": data})
+    except ValidationError as error:
+        raise recipe_error(f"{path}, with what its data-set TOML says", problems_in(error)) from error
 
 
 def _read_tree(path: Path) -> dict[str, Tree]:

@@ -71,6 +71,11 @@ def absolute(path: str, folder: Path) -> Path:
     return whole.resolve() if ".." in whole.parts else whole
 
 
+def is_pattern(path: str) -> bool:
+    """Whether a data source's path stands for several files, such as `shards/{000..019}.tar`."""
+    return any(letter in path for letter in "*?{") and not Path(path).exists()
+
+
 def expand(text: str) -> str:
     """`text` with `$NAME`, `${NAME}`, `~` and `~user` replaced; `$$` stands for `$`.
 
@@ -98,12 +103,15 @@ def _places(tree: dict[str, Tree]) -> Iterator[_Place]:
     yield from _place(tree.get("model"), ("model",), "base")
     yield from _place(tree.get("model"), ("model",), "tokenizer")
     data = tree.get("data")
+    yield from _place(data, ("data",), "cache_dir")
     sources = data.get("sources") if isinstance(data, dict) else None
     for index, source in enumerate(sources if isinstance(sources, list) else []):
         yield from _place(source, ("data", "sources", index), "path")
+        yield from _place(source, ("data", "sources", index), "metadata_file")
     validation = tree.get("validation")
     held_out = validation.get("held_out") if isinstance(validation, dict) else None
     yield from _place(held_out, ("validation", "held_out"), "path")
+    yield from _place(held_out, ("validation", "held_out"), "metadata_file")
     yield from _place(tree.get("train"), ("train",), "resume")
     yield from _place(tree, (), "output_dir")
 
@@ -129,6 +137,10 @@ def _resolve(place: _Place, folder: Folder) -> str:
             return text if text == "tiny" else _local_or_hub(text, folder, _MODEL_ID, "a model's hub id (`org/name`)")
         case ("model", "tokenizer"):
             return _local_or_hub(text, folder, _MODEL_ID, "a model's hub id (`org/name`)")
+        case (*_, "metadata_file" | "cache_dir"):
+            return str(absolute(text, folder.path))
+        case ("data", *_) | ("validation", *_) if is_pattern(text):
+            return str(absolute(text, folder.path))
         case ("data", *_) | ("validation", *_):
             return _local_or_hub(text, folder, _DATA_SET_ID, "a data set's hub id")
         case ("train", "resume") if text == "latest":

@@ -20,10 +20,18 @@ from lora_kit.recipe.base import (
     Section,
     refuse,
 )
+from lora_kit.recipe.buckets import BucketSection, bucket_problems
+from lora_kit.recipe.cache import CacheSection
+from lora_kit.recipe.captions import CaptionRules, CaptionSection
 from lora_kit.recipe.checks import recipe_problems
 from lora_kit.recipe.rules import PresetName, PresetRules, TargetItem, TargetRule, Targets
+from lora_kit.recipe.sources import Alpha, SourceSection, weight_problems
 
 __all__ = [
+    "BucketSection",
+    "CacheSection",
+    "CaptionRules",
+    "CaptionSection",
     "DataSection",
     "Method",
     "ModelSection",
@@ -62,50 +70,41 @@ class ModelSection(Section):
     """`fresh` initialises UNet and text encoder anew from the base's configs (the VAE keeps its weights)."""
 
 
-class SourceSection(Section):
-    """One set of captioned pictures."""
-
-    path: PathText
-    """A folder (metadata.jsonl / metadata.csv, or pictures with `.txt` / `.caption` beside them), or a data set
-    that HF `datasets` can load. Relative paths are relative to the recipe's folder."""
-    config: str | None = None
-    """Configuration name of an HF data set."""
-    split: str = "train"
-    """Split of an HF data set."""
-    image_column: str = "image"
-    """Column with the picture, for an HF data set."""
-    caption_column: str = "text"
-    """Column (of the data set, or of metadata.jsonl / .csv) with the caption."""
-    repeats: Positive = 1
-    """How often each picture appears in an epoch."""
-    where: dict[str, list[str]] = Field(default={})
-    """Only records whose column holds one of these values, such as `{kind: [thing]}`."""
-
-
-class DataSection(Section):
+class DataSection(CacheSection):
     """Pictures, captions, and how they become a batch."""
 
     sources: Annotated[list[SourceSection], Field(min_length=1)]
     """One or more sets; an epoch goes through all of them."""
     resolution: Annotated[int, Field(ge=8, multiple_of=8)] = 512
     """Side of the square training picture, pixels. 512 is what SD 1.x and 2.x-base were trained on."""
+    buckets: BucketSection | None = None
+    """Train pictures in their own shapes, of about `resolution`² pixels. Default: squares."""
     batch_size: Positive = 4
     """Pictures in one optimizer step, over all processes and micro-batches."""
     crop: Literal["center", "random"] = "center"
-    """Where the square is cut after the shorter side is resized to `resolution`."""
+    """Where the square, or the bucket's shape, is cut after the picture is resized to cover it."""
     flip: bool = False
     """Mirror each picture with probability one half. Off: text and asymmetry are part of most subjects."""
     trigger: str = ""
     """Word put before every caption; written into the adapter's header."""
     caption_dropout: Fraction = 0.0
     """Probability that a caption is replaced by the empty one (trains classifier-free guidance)."""
+    captions: CaptionSection = CaptionSection()
+    """Tags, wildcards, replacements, and captions longer than the text encoder reads."""
     on_error: Literal["raise", "skip"] = "raise"
     """A broken picture or missing caption stops the run, or is skipped, counted and listed at the end."""
-    cache: Literal["memory", "none"] = "memory"
-    """Keep each picture's latent distribution in memory, so that the VAE encodes it once (128 KiB a picture at
-    512 px). Not used with `crop: random`."""
     workers: NonNegative = 0
     """Processes that load pictures ahead. 0 loads them between steps."""
+    alpha: Alpha = "white"
+    """What transparent pictures are put on: `white`, `black` or a colour such as `"#20a0ff"` (in quotes). `mask`: on
+    white, and what is transparent counts less in the loss. Pictures without transparency are the same in all.
+    Training refuses `mask` so far."""
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> DataSection:
+        refuse("DataSection", weight_problems(self.sources))
+        refuse("DataSection", bucket_problems(self.buckets, self.resolution, self.sources))
+        return self
 
 
 class ObjectiveSection(Section):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
 from lora_kit.adapters import inject, trainable_parameters
-from lora_kit.data import TrainingSet, cache_latents, open_training_set
+from lora_kit.data import TrainingSet, cache_latents, open_training_set, plain_section
 from lora_kit.errors import RecipeError
 from lora_kit.models import ModelBundle, base_hash, load_bundle
 from lora_kit.progress import ProgressBar, no_progress, progress
@@ -77,10 +77,9 @@ def build_run(recipe: Recipe, accelerator: Accelerator) -> Run:
         accelerator=accelerator,
         bundle=bundle,
         objective=build_objective(recipe.objective, bundle),
-        conditions=Conditions(bundle, trains_text),
+        conditions=Conditions(bundle, trains_text, recipe.data.captions.long),
         optimizer=accelerator.prepare(build_optimizer(groups, recipe.optimizer)),
         parameters=list(trainable.values()),
-        batch_size=recipe.data.batch_size,
         max_grad_norm=recipe.optimizer.max_grad_norm,
         seed=recipe.seed,
     )
@@ -152,21 +151,36 @@ def build_model(recipe: Recipe, device: torch.device) -> tuple[ModelBundle, Targ
 
 def build_data(section: DataSection, seed: int, bundle: ModelBundle, bar: ProgressBar) -> TrainingSet:
     """The training set, its latents encoded once where the recipe allows it, otherwise its pictures checked."""
-    data = open_training_set(section, seed)
+    refuse_unread(section)
+    data = open_training_set(section, seed, bar=bar)
     cache_latents(data, lambda pixels: bundle.family.encode(bundle, pixels.to(bundle.device)), ENCODE_BATCH, bar)
-    cut = bundle.family.truncated(bundle, data.captions())
+    captions = data.longest_captions() if section.captions.long == "cut" else []
+    cut = bundle.family.truncated(bundle, captions) if captions else 0
     if cut:
-        data.notices.append(f"{cut} of {data.record_count} captions are longer than the text encoder reads; cut off.")
+        data.notices.append(f"{cut} of {len(captions)} captions are longer than the text encoder reads; cut off.")
     return data
 
 
+def refuse_unread(section: DataSection) -> None:
+    """Raise RecipeError for what the data room reads but training does not follow yet: it would be dropped silently."""
+    masked = section.alpha == "mask" or any(source.alpha == "mask" for source in section.sources)
+    weighted = any(source.loss_weight != 1.0 for source in section.sources)
+    unread = {
+        "data.cache: disk (filled by `lora-kit cache`); use memory, or none": section.cache == "disk",
+        "alpha: mask; name a colour": masked,
+        "loss_weight of a source; use its weight or repeats": weighted,
+    }
+    named = [name for name, is_set in unread.items() if is_set]
+    if named:
+        raise RecipeError(f"Training does not follow yet: {'. '.join(named)}.")
+
+
 def build_held_out(recipe: Recipe, bundle: ModelBundle, bar: ProgressBar) -> HeldOut | None:
-    """The held-out set: the same pictures' side, no repeats, nothing random."""
+    """The held-out set: no repeats, nothing random, and with buckets each picture in its own."""
     validation = recipe.validation
     if validation.held_out is None:
         return None
-    plain: dict[str, Any] = {"flip": False, "caption_dropout": 0.0, "crop": "center"}
-    section = recipe.data.model_copy(update={**plain, "sources": [validation.held_out]})
+    section = plain_section(recipe.data, validation.held_out)
     return HeldOut(build_data(section, 0, bundle, bar), validation.held_out_timesteps, validation.seed)
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, cast
 
 import torch
 from accelerate.utils import send_to_device
-from torch import Tensor
 
 from lora_kit.data import Batch, TrainingSet, collate
+from lora_kit.data.buckets import Size
 from lora_kit.diffusion import Draws, generator_for, stratified_timesteps
 from lora_kit.models import ModelBundle
 from lora_kit.training.conditions import Conditions
@@ -43,10 +43,8 @@ def held_out_losses(
     held_out: HeldOut, objective: Objective, bundle: ModelBundle, conditions: Conditions
 ) -> list[float]:
     """Mean loss of each held-out picture over its timesteps."""
-    rows: list[Tensor] = []
-    records = held_out.pictures.record_count
-    for start in range(0, records, BATCH):
-        indices = range(start, min(start + BATCH, records))
+    found: dict[int, float] = {}
+    for indices in _batches(held_out.pictures):
         batch = collate([held_out.pictures.plain(index) for index in indices])
         moments = tuple(
             m.to(bundle.device) for m in latent_moments(bundle, cast(Batch, send_to_device(batch, bundle.device)))
@@ -57,8 +55,8 @@ def held_out_losses(
             sample_losses(objective, bundle, (moments[0], moments[1]), condition, _nth(draws, k))
             for k in range(held_out.timesteps_per_picture)
         ]
-        rows.append(torch.stack(losses).mean(0).cpu())
-    return torch.cat(rows).tolist()
+        found |= zip(indices, torch.stack(losses).mean(0).tolist(), strict=True)
+    return [found[record] for record in range(len(found))]
 
 
 def paired_difference(losses: Sequence[float], base: Sequence[float]) -> PairedDifference:
@@ -67,6 +65,15 @@ def paired_difference(losses: Sequence[float], base: Sequence[float]) -> PairedD
     difference = pairs[0] - pairs[1]
     error = float(difference.std() / math.sqrt(len(losses))) if len(losses) > 1 else math.nan
     return PairedDifference(float(pairs[0].mean()), float(pairs[1].mean()), float(difference.mean()), error)
+
+
+def _batches(pictures: TrainingSet) -> Iterator[list[int]]:
+    """Records of one size together, at most BATCH of them."""
+    by_size: dict[Size, list[int]] = {}
+    for record in range(pictures.record_count):
+        by_size.setdefault(pictures.places.sizes_of(record)[0], []).append(record)
+    for records in by_size.values():
+        yield from (records[start : start + BATCH] for start in range(0, len(records), BATCH))
 
 
 def _draws(held_out: HeldOut, index: int, shape: Sequence[int], timesteps: int) -> Draws:

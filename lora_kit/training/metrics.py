@@ -60,8 +60,8 @@ class Metrics:
         """A line for the user, on stderr."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def log_step(self, step: int, batch_size: int, values: dict[str, float]) -> None:
-        """Log one optimizer step, with the speed since the last logged one."""
+    def log_step(self, step: int, batch_size: float, values: dict[str, float]) -> None:
+        """Log one optimizer step, with the speed since the last logged one at this mean batch size."""
         last_step, last_time = self._logged
         now = time.monotonic()
         speed = (step - last_step) * batch_size / max(now - last_time, 1e-9)
@@ -109,7 +109,7 @@ class NoMetrics(Metrics):
     def say(self, text: str) -> None:
         """Nothing."""
 
-    def log_step(self, step: int, batch_size: int, values: dict[str, float]) -> None:
+    def log_step(self, step: int, batch_size: float, values: dict[str, float]) -> None:
         """Nothing."""
 
     def log(self, step: int, values: dict[str, Any]) -> None:

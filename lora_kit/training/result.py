@@ -57,7 +57,7 @@ def training_facts(run: Run, step: int) -> TrainingFacts:
         alpha=alpha,
         resolution=recipe.data.resolution,
         train_images=run.data.record_count,
-        epoch=step * recipe.data.batch_size // len(run.data),
+        epoch=run.data.order.epochs_before(step),
         step=step,
         max_steps=recipe.train.max_steps,
         seed=recipe.seed,

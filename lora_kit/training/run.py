@@ -124,7 +124,7 @@ def _step(run: Run, metrics: Metrics, batches: list[Batch], step: int, stop: boo
     metrics.advance(step + 1)
     if _due(recipe.train.log_every, step + 1) or step + 1 == recipe.train.max_steps:
         values = {"loss": done.loss, "lr": recipe.optimizer.lr * factor, "grad_norm": done.grad_norm}
-        metrics.log_step(step + 1, recipe.data.batch_size, values)
+        metrics.log_step(step + 1, run.data.order.mean_batch_size, values)
     return done
 
 

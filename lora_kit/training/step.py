@@ -29,8 +29,6 @@ class Learner(NamedTuple):
     optimizer: Any
     parameters: list[nn.Parameter]
     """Every trainable parameter, in one fixed order."""
-    batch_size: int
-    """Samples of one optimizer step, over all processes."""
     max_grad_norm: float
     seed: int
 
@@ -49,12 +47,13 @@ class StepMetrics(NamedTuple):
 def training_step(learner: Learner, micro_batches: Sequence[Batch], step: int, stop: bool = False) -> StepMetrics:
     """Run optimizer step `step` (0-based) on this process's micro-batches.
 
-    Each sample's loss counts 1 / batch_size, wherever it is computed, and gradients are summed over
-    processes: the update does not depend on how the batch was cut, beyond rounding.
+    Each sample's loss counts 1 / the step's samples, wherever it is computed, and gradients are summed over
+    processes: the update does not depend on how the batch was cut, beyond rounding. A process may have none of a
+    short step's samples.
 
     Raises TrainingError on a non-finite loss or gradient, before any weight is touched.
     """
-    losses = [_backward(learner, batch, step) for batch in micro_batches]
+    losses = [_backward(learner, batch, step) for batch in micro_batches] or [_backward_nothing(learner)]
     _sum_gradients(learner)
     # One small all-reduce for the loss and the stop flag; .item() waits for the device once a step.
     total = torch.stack([torch.stack(losses).sum(), torch.tensor(float(stop), device=losses[0].device)])
@@ -88,9 +87,16 @@ def _backward(learner: Learner, batch: Batch, step: int) -> Tensor:
     with learner.accelerator.autocast():
         condition = learner.conditions(batch.captions)
         losses = sample_losses(learner.objective, learner.bundle, moments, condition, draws)
-    share = losses.sum() / learner.batch_size
+    share = losses.sum() / batch.step_samples
     learner.accelerator.backward(share)
     return share.detach()
+
+
+def _backward_nothing(learner: Learner) -> Tensor:
+    """Gradients of zero, for a process without a sample: the others' sums, and fp16's scaler, wait for it too."""
+    nothing = torch.stack([parameter.sum() for parameter in learner.parameters]).sum() * 0.0
+    learner.accelerator.backward(nothing)
+    return nothing.detach()
 
 
 def _sum_gradients(learner: Learner) -> None:
@@ -116,5 +122,6 @@ def _clip(learner: Learner) -> Tensor:
 
 def _suspects(losses: Sequence[Tensor], micro_batches: Sequence[Batch]) -> str:
     """The samples of the micro-batches whose loss is not finite, if they lie on this process."""
-    bad = [s for loss, batch in zip(losses, micro_batches, strict=True) if not torch.isfinite(loss) for s in batch.ids]
+    judged = zip(losses, micro_batches, strict=False)  # of a process without a sample there is a loss and no batch
+    bad = [name for loss, batch in judged if not torch.isfinite(loss) for name in batch.ids]
     return f" Samples in the failing micro-batches: {', '.join(bad)}." if bad else ""

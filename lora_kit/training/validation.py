@@ -74,6 +74,7 @@ def settings_of(run: Run) -> SamplingSettings:
         negative_prompt=section.negative_prompt,
         width=side,
         height=side,
+        long_prompts=run.recipe.data.captions.long,
     )
 
 

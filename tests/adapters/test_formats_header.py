@@ -52,7 +52,7 @@ def test_no_time_and_no_captions_unless_given() -> None:
 
 @pytest.mark.parametrize("names", [True, False])
 def test_a_shared_recipe_holds_no_path_of_the_machine(names: bool, tmp_path: Path) -> None:
-    source = SourceSection(path=str(tmp_path / "secret_folder"))
+    source = SourceSection(path=str(tmp_path / "secret_folder"), metadata_file=str(tmp_path / "secret_folder.json"))
     recipe = Recipe(
         data=DataSection(sources=[source]),
         validation=ValidationSection(held_out=SourceSection(path=str(tmp_path / "secret_folder_2"))),

@@ -170,6 +170,66 @@ def test_paths_that_leave_the_folder_are_refused(tmp_path: Path, name: str) -> N
         open_records(section(folder))
 
 
+@pytest.mark.parametrize("name", ["a.png", "inner/secret.png"])
+def test_metadata_that_leads_through_a_link_out_of_the_folder_is_refused(tmp_path: Path, name: str) -> None:
+    picture(tmp_path / "elsewhere" / "secret.png")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "a.png").symlink_to(tmp_path / "elsewhere" / "secret.png")
+    (folder / "inner").symlink_to(tmp_path / "elsewhere")
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "a"}))
+    with pytest.raises(DataError, match=rf"set/{name}: a link leads out of the data folder"):
+        open_records(section(folder))
+
+
+def test_links_within_the_folder_are_read(tmp_path: Path) -> None:
+    folder = table(tmp_path / "set", {"file_name": "a.png", "text": "a"})
+    (folder / "b.png").symlink_to(folder / "a.png")
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "b.png", "text": "b"}))
+    assert captions(open_records(section(folder))) == {"set/b.png": "b"}
+
+
+def test_linked_pictures_without_metadata_are_the_users_own(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.png").symlink_to(picture(tmp_path / "elsewhere" / "a.png"))
+    (tmp_path / "set" / "a.txt").write_text("ant")
+    assert captions(open_records(section(tmp_path / "set"))) == {"set/a.png": "ant"}
+
+
+def test_a_list_in_metadata_is_several_captions(tmp_path: Path) -> None:
+    folder = table(tmp_path / "set", {"file_name": "a.png", "text": ["ant", "insect"]})
+    (record,) = open_records(section(folder))
+    assert (record.caption, record.captions) == ("ant", ("ant", "insect"))
+
+
+def test_fallback_stands_in_for_missing_captions(tmp_path: Path) -> None:
+    picture(tmp_path / "set" / "a.png")
+    picture(tmp_path / "set" / "b.png").with_suffix(".txt").write_text("bee")
+    records = open_records(section({"path": tmp_path / "set", "caption_fallback": "insect"}))
+    assert captions(records) == {"set/a.png": "insect", "set/b.png": "bee"}
+
+
+def test_a_suffix_of_ones_own_picks_the_caption_file(tmp_path: Path) -> None:
+    picture(tmp_path / "set" / "a.png").with_suffix(".txt").write_text("short")
+    (tmp_path / "set" / "a-long.txt").write_text("long")
+    records = open_records(section({"path": tmp_path / "set", "caption_suffix": "-long.txt"}))
+    assert captions(records) == {"set/a.png": "long"}
+
+
+def test_inner_folders_can_be_left_out(tmp_path: Path) -> None:
+    for name in ("a", "inner/b"):
+        picture(tmp_path / "set" / f"{name}.png").with_suffix(".txt").write_text(name)
+    assert captions(open_records(section({"path": tmp_path / "set", "nested": False}))) == {"set/a.png": "a"}
+
+
+def test_a_source_says_what_its_pictures_are_for(tmp_path: Path) -> None:
+    first = table(tmp_path / "one", {"file_name": "a.png", "text": "a"})
+    second = {"path": table(tmp_path / "two", {"file_name": "b.png", "text": "b"}), "regularisation": True}
+    records = open_records(section(first, {**second, "loss_weight": 0.5, "alpha": "mask"}, alpha="black"))
+    found = [(record.is_regularisation, record.loss_weight, record.alpha) for record in records]
+    assert found == [(False, 1.0, "black"), (True, 0.5, "mask")]
+
+
 def test_every_flaw_is_named_at_once(tmp_path: Path) -> None:
     folder = table(tmp_path / "set", {"file_name": "a.png", "text": ""}, {"file_name": "b.png", "text": 5})
     with (folder / "metadata.jsonl").open("a") as file:

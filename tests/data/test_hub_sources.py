@@ -117,9 +117,29 @@ def test_empty_caption_is_named_by_row(tmp_path: Path) -> None:
     assert records.skipped == [("set/row-1", reason), ("set/row-2", reason)]
 
 
-def test_captions_that_are_lists_are_refused(tmp_path: Path) -> None:
-    three(text=[["red"], ["green"], ["blue"]]).save_to_disk(tmp_path / "set")
-    with pytest.raises(DataError, match=r"set/row-0: its caption is list, not text"):
+def test_a_list_of_texts_is_several_captions(tmp_path: Path) -> None:
+    three(text=[["red", "warm "], ["green"], ["blue", "cold"]]).save_to_disk(tmp_path / "set")
+    records = open_records(section(tmp_path / "set"))
+    assert [(record.caption, record.captions) for record in records] == [
+        ("red", ("red", "warm")),
+        ("green", ("green",)),
+        ("blue", ("blue", "cold")),
+    ]
+
+
+def test_lists_of_captions_with_gaps_are_flaws(tmp_path: Path) -> None:
+    three(text=[["red", None], [], ["blue"]]).save_to_disk(tmp_path / "set")
+    records = open_records(section(tmp_path / "set", on_error="skip"))
+    assert [record.caption for record in records] == ["blue"]
+    assert records.skipped == [
+        ("set/row-0", "caption 2 of its list is not text: None"),
+        ("set/row-1", "no caption (column 'text' is empty)"),
+    ]
+
+
+def test_captions_that_are_numbers_are_refused(tmp_path: Path) -> None:
+    three(text=[1, 2, 3]).save_to_disk(tmp_path / "set")
+    with pytest.raises(DataError, match=r"set/row-0: its caption is int, not text"):
         open_records(section(tmp_path / "set"))
 
 
@@ -127,6 +147,17 @@ def test_paths_out_of_the_data_set_are_not_followed(tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes(png(COLOURS[0]))
     (tmp_path / "set").mkdir()
     for name in ("../secret.png", str(tmp_path / "secret.png")):
+        (tmp_path / "set" / "rows.jsonl").write_text(json.dumps({"image": name, "text": "a"}) + "\n")
+        (record,) = open_records(section(tmp_path / "set" / "rows.jsonl"))
+        with pytest.raises(DataError, match=r"leaves the data set's folder"):
+            read_picture(record)
+
+
+def test_links_out_of_the_data_set_are_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "secret.png").write_bytes(png(COLOURS[0]))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.png").symlink_to(tmp_path / "secret.png")
+    for name in ("a.png", str(tmp_path / "set" / "a.png")):
         (tmp_path / "set" / "rows.jsonl").write_text(json.dumps({"image": name, "text": "a"}) + "\n")
         (record,) = open_records(section(tmp_path / "set" / "rows.jsonl"))
         with pytest.raises(DataError, match=r"leaves the data set's folder"):

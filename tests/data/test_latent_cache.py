@@ -88,8 +88,9 @@ def test_half_precision_latents_are_stored_as_float32(folder: Path) -> None:
     training_set = open_set(folder)
     cache_latents(training_set, lambda p: tuple(x.bfloat16() for x in encode(p)), 2, no_progress)  # pyright: ignore
     assert training_set.latents is not None
-    assert training_set.latents.mean.dtype == training_set.latents.std.dtype == torch.float32
-    assert training_set.latents.mean.shape == (5, 4, 4, 4)
+    (latents,) = training_set.latents.values()
+    assert latents.mean.dtype == latents.std.dtype == torch.float32
+    assert latents.mean.shape == (5, 4, 4, 4)
 
 
 @pytest.mark.parametrize("fields", [{"cache": "none"}, {"crop": "random"}])
@@ -109,7 +110,8 @@ def test_broken_pictures_are_left_out_of_the_cache(folder: Path) -> None:
     training_set = open_set(folder, on_error="skip")
     cache_latents(training_set, encode, 2, no_progress)
     assert [Path(flaw.id).name for flaw in training_set.skipped] == ["1.png"]
-    assert training_set.latents is not None and len(training_set.latents.mean) == 4
+    assert training_set.latents is not None
+    assert [len(latents.mean) for latents in training_set.latents.values()] == [4]
     other = open_set(folder, on_error="skip", cache="none")
     cache_latents(other, encode, 2, no_progress)
     for position in range(8):

@@ -170,7 +170,9 @@ def public_recipe(recipe: Recipe, folder_names: bool) -> str:
 
 
 def _shared_source(source: SourceSection, folder_names: bool) -> SourceSection:
-    return source.model_copy(update={"path": _last_name(source.path) if folder_names else LEFT_OUT})
+    paths = {"path": source.path, "metadata_file": source.metadata_file}
+    shared = {name: _last_name(path) if folder_names else LEFT_OUT for name, path in paths.items() if path is not None}
+    return source.model_copy(update=shared)
 
 
 def _last_name(path: str) -> str:

@@ -1,0 +1,109 @@
+"""What training in buckets would do to a data set, for a reader: sizes, crops, steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from lora_kit.data.bucket_order import BucketOrder
+from lora_kit.data.bucket_places import fits_of
+from lora_kit.data.buckets import Size, crop_loss
+from lora_kit.data.sizes import read_sizes
+from lora_kit.data.sources import open_records
+from lora_kit.data.training_set import TrainingSet
+from lora_kit.progress import ProgressBar, progress
+from lora_kit.recipe import DataSection, expand_sources
+
+
+class BucketFacts(NamedTuple):
+    """One bucket."""
+
+    width: int
+    """Pixels."""
+    height: int
+    pictures: int
+    samples: int
+    """In an epoch: pictures times their repeats."""
+    steps: int
+    """In an epoch."""
+    wrapped: int
+    """Samples that an epoch shows once more to fill the last step."""
+    missing: int
+    """Samples that the last step of an epoch is short of."""
+    mean_crop: float
+    """Part of a picture's area that is cut off, mean over pictures, %."""
+    largest_crop: float
+    """Its largest, %."""
+    lowered: int
+    """Pictures that are smaller than their bucket at the resolution asked for, and are here instead."""
+    enlarged: int
+    """Pictures that are smaller than this size."""
+
+
+class BucketPlan(NamedTuple):
+    """All buckets of a data set."""
+
+    buckets: list[BucketFacts]
+    """From the smallest area on."""
+    pictures: int
+    """Of the data set; one that is trained at several sizes counts once."""
+    unreadable: int
+    """Pictures without a readable header, counted above as squares. A run names them."""
+    samples: int
+    """In an epoch, without the wrapped ones."""
+    steps: int
+    """In an epoch."""
+
+
+def read_bucket_plan(section: DataSection, folder: Path | None = None, bar: ProgressBar = progress) -> BucketPlan:
+    """Read all pictures' headers and say what becomes of them; for a section that `has_buckets`. Arguments and errors
+    as of `open_records`."""
+    section = expand_sources(section, folder or Path.cwd())
+    records = open_records(section, folder)
+    sizes = read_sizes(records, section.workers, bar)
+    return bucket_plan(TrainingSet(records, section, 0, sizes=sizes))
+
+
+def bucket_plan(data: TrainingSet) -> BucketPlan:
+    """The plan of a data set that has buckets, and whose pictures' sizes are known."""
+    assert data.sizes is not None and isinstance(data.order, BucketOrder)
+    pairs = zip(data.records, data.sizes, strict=True)
+    cuts = [_Cut(*fit, size) for record, size in pairs for fit in fits_of(record, size, data.section)]
+    held: list[list[_Cut]] = [[] for _ in data.places.sizes]
+    for bucket, cut in zip(data.places.bucket, cuts, strict=True):
+        held[bucket].append(cut)
+    return BucketPlan(
+        buckets=[_facts(bucket, cuts, data.order) for bucket, cuts in enumerate(held)],
+        pictures=len(data.records),
+        unreadable=data.sizes.count(None),
+        samples=len(data),
+        steps=data.order.steps_per_epoch,
+    )
+
+
+class _Cut(NamedTuple):
+    """A picture at one of its sizes: `Fit`, and its own size."""
+
+    size: Size
+    resolution: int
+    lowered: bool
+    enlarged: bool
+    picture: Size | None
+
+
+def _facts(bucket: int, cuts: list[_Cut], order: BucketOrder) -> BucketFacts:
+    losses = [100 * crop_loss(cut.picture, cut.size) for cut in cuts if cut.picture] or [0.0]
+    samples, steps = int(order.counts[bucket]), int(order.steps[bucket])
+    rest = steps * order.batch_size - samples
+    return BucketFacts(
+        *cuts[0].size,
+        pictures=len(cuts),
+        samples=samples,
+        steps=steps,
+        wrapped=rest if order.wraps else 0,
+        missing=0 if order.wraps else rest,
+        mean_crop=sum(losses) / len(losses),
+        largest_crop=max(losses),
+        lowered=sum(cut.lowered for cut in cuts),
+        enlarged=sum(cut.enlarged for cut in cuts),
+    )

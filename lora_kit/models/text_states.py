@@ -1,0 +1,50 @@
+"""Text states of captions that differ in length: encoding in chunks, and padding with a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class PaddedStates(NamedTuple):
+    """Text states of captions with different numbers of tokens, as one tensor."""
+
+    states: Tensor
+    """[b, tokens, width]; zeros behind the end of shorter captions."""
+    mask: Tensor
+    """bool [b, tokens]: False where nothing may be attended to."""
+
+
+def join_states(states: Sequence[Tensor]) -> Tensor | PaddedStates:
+    """Each caption's states [tokens, width] → one condition; a mask is needed only where they differ in length.
+
+    Masked rather than filled with empty chunks, as web UIs do: those would be attended to, and a caption's prediction
+    would depend on which others share its micro-batch.
+    """
+    longest = max(len(one) for one in states)
+    if all(len(one) == longest for one in states):
+        return torch.stack(list(states))
+    padded = torch.nn.utils.rnn.pad_sequence(list(states), batch_first=True)
+    lengths = torch.tensor([len(one) for one in states], device=padded.device)
+    return PaddedStates(padded, torch.arange(longest, device=padded.device) < lengths[:, None])
+
+
+def chunk_ids(tokenizer: Any, captions: Sequence[str], length: int) -> list[list[list[int]]]:
+    """Each caption's token ids in chunks of `length`, as the tokenizer would write them: start, content, end, padding.
+
+    A caption without words is one chunk. Content is cut every `length` - 2 tokens, in the middle of a word if need be.
+    """
+    encoded: Any = tokenizer(list(captions), add_special_tokens=False, truncation=False, verbose=False)
+    return [[_chunk(tokenizer, part, length) for part in _parts(ids, length - 2)] for ids in encoded.input_ids]
+
+
+def _parts(ids: list[int], size: int) -> list[list[int]]:
+    return [ids[start : start + size] for start in range(0, max(1, len(ids)), size)]
+
+
+def _chunk(tokenizer: Any, content: list[int], length: int) -> list[int]:
+    ids = [tokenizer.bos_token_id, *content, tokenizer.eos_token_id]
+    return ids + [tokenizer.pad_token_id] * (length - len(ids))
