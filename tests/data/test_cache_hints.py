@@ -18,7 +18,7 @@ from PIL import Image
 from lora_kit.data import Record, open_records
 from lora_kit.data.cache import Facts, PictureHints, read_facts, survey, verify_hints
 from lora_kit.data.cache.origin import identity, read_bytes
-from lora_kit.data.cells import open_cell
+from lora_kit.data.sources.cells import open_cell
 from lora_kit.errors import DataError
 from lora_kit.progress import no_progress
 from lora_kit.recipe import DataSection

@@ -11,7 +11,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from lora_kit.data import open_records
-from lora_kit.data.shares import weighted_repeats
+from lora_kit.data.sources.shares import weighted_repeats
 from lora_kit.errors import DataError
 from lora_kit.recipe import DataSection
 

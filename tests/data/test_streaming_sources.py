@@ -59,7 +59,7 @@ def test_a_second_start_reads_the_cache(tmp_path: Path, monkeypatch: pytest.Monk
     folder = write(tmp_path / "set", range(8))
     first = [record.caption for record in records_of(folder)]
     calls: list[int] = []
-    monkeypatch.setattr("lora_kit.data.stream._embedded", lambda *_: calls.append(1))
+    monkeypatch.setattr("lora_kit.data.sources.stream._embedded", lambda *_: calls.append(1))
     assert [record.caption for record in records_of(folder)] == first
     assert not calls
 

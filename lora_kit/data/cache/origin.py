@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 from PIL import Image
 
-from lora_kit.data.cells import open_cell
 from lora_kit.data.pictures import read_picture
 from lora_kit.data.records import Record
-from lora_kit.data.shards import open_span
+from lora_kit.data.sources.cells import open_cell
+from lora_kit.data.sources.shards import open_span
 from lora_kit.errors import DataError
 
 if TYPE_CHECKING:

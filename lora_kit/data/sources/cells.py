@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
-from lora_kit.data.source import Links, inner_path
+from lora_kit.data.sources.source import Links, inner_path
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from lora_kit.data.records import Flaw, Record
-from lora_kit.data.texts import Texts
+from lora_kit.data.sources.texts import Texts
 from lora_kit.recipe.sections import SourceSection
 
 PICTURE_SUFFIXES = frozenset(

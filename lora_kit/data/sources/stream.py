@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import UnidentifiedImageError
 
-from lora_kit.data.cells import picture_path
-from lora_kit.data.filters import require_column
-from lora_kit.data.source import Place
+from lora_kit.data.sources.cells import picture_path
+from lora_kit.data.sources.filters import require_column
+from lora_kit.data.sources.source import Place
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_kit.data.metadata import Row, Table
-from lora_kit.data.source import PICTURE_SUFFIXES, has_suffix
+from lora_kit.data.sources.metadata import Row, Table
+from lora_kit.data.sources.source import PICTURE_SUFFIXES, has_suffix
 from lora_kit.errors import DataError
 
 

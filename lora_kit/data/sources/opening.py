@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lora_kit.data.folder import read_folder
-from lora_kit.data.hub import TABLE_BUILDERS, is_saved, read_hub
-from lora_kit.data.metadata import METADATA_NAMES
-from lora_kit.data.patterns import matching_files
 from lora_kit.data.records import Records, settle_flaws
-from lora_kit.data.shards import COMPRESSED_SUFFIXES, SHARD_SUFFIX, read_shards
-from lora_kit.data.shares import weighted_repeats
-from lora_kit.data.source import PICTURE_SUFFIXES, Found, Place, has_suffix, list_files
+from lora_kit.data.sources.folder import read_folder
+from lora_kit.data.sources.hub import TABLE_BUILDERS, is_saved, read_hub
+from lora_kit.data.sources.metadata import METADATA_NAMES
+from lora_kit.data.sources.patterns import matching_files
+from lora_kit.data.sources.shards import COMPRESSED_SUFFIXES, SHARD_SUFFIX, read_shards
+from lora_kit.data.sources.shares import weighted_repeats
+from lora_kit.data.sources.source import PICTURE_SUFFIXES, Found, Place, has_suffix, list_files
 from lora_kit.errors import DataError, did_you_mean
 from lora_kit.recipe import DataSection, SourceSection, describe_lookup, expand_sources, is_pattern
 

@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lora_kit.data.cells import Cell, open_cell
-from lora_kit.data.filters import matching_rows, require_column
 from lora_kit.data.records import Flaw, Record
-from lora_kit.data.source import Found, Place
-from lora_kit.data.stream import read_stream
-from lora_kit.data.texts import texts_in
+from lora_kit.data.sources.cells import Cell, open_cell
+from lora_kit.data.sources.filters import matching_rows, require_column
+from lora_kit.data.sources.source import Found, Place
+from lora_kit.data.sources.stream import read_stream
+from lora_kit.data.sources.texts import texts_in
 from lora_kit.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:

@@ -9,14 +9,14 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from lora_kit.data.filters import matching_rows, require_column
-from lora_kit.data.kohya import named_groups, read_groups
-from lora_kit.data.kohya_metadata import read_kohya_metadata
-from lora_kit.data.metadata import METADATA_NAMES, Row, Table, read_table
 from lora_kit.data.records import Flaw, Record, name_some
-from lora_kit.data.sidecars import read_sidecars
-from lora_kit.data.source import FOREIGN_SUFFIXES, PICTURE_SUFFIXES, Found, Links, Place, has_suffix, inner_path
-from lora_kit.data.texts import texts_in
+from lora_kit.data.sources.filters import matching_rows, require_column
+from lora_kit.data.sources.kohya import named_groups, read_groups
+from lora_kit.data.sources.kohya_metadata import read_kohya_metadata
+from lora_kit.data.sources.metadata import METADATA_NAMES, Row, Table, read_table
+from lora_kit.data.sources.sidecars import read_sidecars
+from lora_kit.data.sources.source import FOREIGN_SUFFIXES, PICTURE_SUFFIXES, Found, Links, Place, has_suffix, inner_path
+from lora_kit.data.sources.texts import texts_in
 from lora_kit.errors import DataError
 
 

@@ -9,8 +9,8 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from lora_kit.data.records import name_some
-from lora_kit.data.sidecars import read_sidecars
-from lora_kit.data.source import PICTURE_SUFFIXES, Found, Place, has_suffix
+from lora_kit.data.sources.sidecars import read_sidecars
+from lora_kit.data.sources.source import PICTURE_SUFFIXES, Found, Place, has_suffix
 from lora_kit.errors import DataError
 
 _NAMED = re.compile(r"(?:(img|reg)/)?([1-9]\d*)_([^/]+)/")

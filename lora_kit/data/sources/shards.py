@@ -16,8 +16,8 @@ from typing import BinaryIO, NamedTuple
 from PIL import Image
 
 from lora_kit.data.records import Flaw, Record, name_some
-from lora_kit.data.source import PICTURE_SUFFIXES, Found, Place, inner_path
-from lora_kit.data.texts import sidecar_suffixes, sidecar_texts
+from lora_kit.data.sources.source import PICTURE_SUFFIXES, Found, Place, inner_path
+from lora_kit.data.sources.texts import sidecar_suffixes, sidecar_texts
 from lora_kit.errors import DataError
 
 SHARD_SUFFIX = ".tar"

@@ -8,10 +8,10 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from lora_kit.data.metadata import METADATA_NAMES
 from lora_kit.data.records import Flaw, Record, name_some
-from lora_kit.data.source import PICTURE_SUFFIXES, Found, Place, has_suffix
-from lora_kit.data.texts import JSON_SUFFIX, TEXT_SUFFIXES, sidecar_suffixes, sidecar_texts
+from lora_kit.data.sources.metadata import METADATA_NAMES
+from lora_kit.data.sources.source import PICTURE_SUFFIXES, Found, Place, has_suffix
+from lora_kit.data.sources.texts import JSON_SUFFIX, TEXT_SUFFIXES, sidecar_suffixes, sidecar_texts
 from lora_kit.errors import DataError
 
 
