@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lora_kit.cli.text import byte_size
 from lora_kit.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ def command(
     yes: Annotated[bool, typer.Option("--yes", help="With --prune: delete it.")] = False,
 ) -> None:
     """Encode each recipe's pictures and captions that are not in its cache yet. Ctrl-C loses a minute's work at most.
+    Training does not read this cache so far.
 
     --verify compares every entry with its checksum, and every picture with what is remembered of it; what is damaged
     is set aside, and encoded again when it is needed. Exit status 1 if anything was.
@@ -55,13 +57,13 @@ def _fill(recipes: Sequence[Recipe]) -> None:
     for recipe in recipes:
         if recipe.data.cache != "disk":
             raise RecipeError(
-                f"data.cache: got {recipe.data.cache}, with which a run reads nothing from disk. Set it to disk in the "
-                "recipe, or add data.cache=disk here and when you train."
+                f"data.cache: got {recipe.data.cache}, with which nothing is kept on disk. Add data.cache=disk here. "
+                "Training does not read that cache so far."
             )
     from lora_kit.progress import progress
-    from lora_kit.training.build import build_accelerator
     from lora_kit.training.caching import data_sets, fill_cache, open_cache
     from lora_kit.training.encoders import load_encoders, trains_text_encoder
+    from lora_kit.training.launch import build_accelerator
 
     for recipe in recipes:
         bundle = load_encoders(recipe)
@@ -94,7 +96,7 @@ def _verify(recipes: Sequence[Recipe]) -> None:
     for folder in dict.fromkeys(cache_folder(recipe.data) for recipe in recipes):
         found = verify_store(CacheStore(folder), progress)
         typer.echo(
-            f"{folder}: {found.entries:,} entries in {found.shards:,} shards are whole ({_size(found.size)}); "
+            f"{folder}: {found.entries:,} entries in {found.shards:,} shards are whole ({byte_size(found.size)}); "
             f"{len(found.damage):,} damaged"
         )
         bad += len(found.damage)
@@ -131,12 +133,7 @@ def _prune(recipes: Sequence[Recipe], yes: bool) -> None:
         prune(store, plan)
     who = "this recipe needs" if len(recipes) == 1 else f"these {len(recipes)} recipes need"
     typer.echo(f"{folders[0]}: {total:,} entries, of which {who} {total - plan.drop:,}")
-    typer.echo(f"{plan.drop:,} entries {verb} ({_size(plan.drop_size)})")
-    typer.echo(f"{len(plan.leftovers):,} damaged or unfinished files {verb} ({_size(plan.leftovers_size)})")
+    typer.echo(f"{plan.drop:,} entries {verb} ({byte_size(plan.drop_size)})")
+    typer.echo(f"{len(plan.leftovers):,} damaged or unfinished files {verb} ({byte_size(plan.leftovers_size)})")
     if not yes and (plan.drop or plan.leftovers):
         typer.echo("Nothing was deleted. Add --yes to delete it.")
-
-
-def _size(count: int) -> str:
-    """Bytes for humans, in units of 1024."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lora_kit.cli.text import byte_size
+
 if TYPE_CHECKING:
     from lora_kit.cli.plan_facts import Memory, Steps
 
@@ -60,14 +62,10 @@ def _steps_line(length: Steps) -> str:
 
 
 def _memory_lines(held: Memory) -> list[str]:
-    average = f", average {_size(held.average)}" if held.average else ""
-    parts = f"weights {_size(held.weights)}, gradients {_size(held.gradients)}, moments {_size(held.moments)}{average}"
+    average = f", average {byte_size(held.average)}" if held.average else ""
+    weights, gradients, moments = map(byte_size, (held.weights, held.gradients, held.moments))
+    parts = f"weights {weights}, gradients {gradients}, moments {moments}{average}"
     return [
-        f"memory: {_size(held.trainable)} to train ({parts})",
-        f"        {_size(held.frozen)} frozen weights; activations come on top",
+        f"memory: {byte_size(held.trainable)} to train ({parts})",
+        f"        {byte_size(held.frozen)} frozen weights; activations come on top",
     ]
-
-
-def _size(count: int) -> str:
-    """Bytes for humans, in units of 1024."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -39,7 +39,7 @@ _DATA_FIELDS: dict[str, tuple[str, Any]] = {
 }
 # Key → values that ask for nothing, and what to do instead.
 _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "enable_bucket": ((False,), "pictures are cut to squares; set it to false"),
+    "enable_bucket": ((False,), "take it out, and set data.buckets in the recipe"),
     "color_aug": ((False,), "colours are trained as they are; take it out"),
     "face_crop_aug_range": ((), "cut faces out beforehand, or take it out"),
     "secondary_separator": (("",), "join such tags by spaces, or take it out"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import torch
@@ -22,10 +21,10 @@ from lora_kit.training.ema import WeightAverage
 from lora_kit.training.held_out import HeldOut
 from lora_kit.training.objective import build_objective
 from lora_kit.training.optimizers import build_optimizer, parameter_groups
+from lora_kit.training.precision import base_dtype
 from lora_kit.training.step import Learner
 
 ADAPTER = "default"
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ENCODE_BATCH = 8
 MIXED_ALPHAS = (
     "The rules give modules different alphas. diffusers (seen in 0.42) drops an attention layer's alpha unless it is "
@@ -87,53 +86,9 @@ def build_run(recipe: Recipe, accelerator: Accelerator) -> Run:
     return Run(recipe, accelerator, bundle, plan, data, held_out, trainable, average, learner, hashed)
 
 
-def build_accelerator(recipe: Recipe) -> Accelerator:
-    """Device, processes and autocast. Raises RecipeError for what the machine cannot do."""
-    if recipe.train.mixed_precision == "fp16" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
-        raise RecipeError("train.mixed_precision: fp16 needs a GPU and none was found. Use bf16 or no.")
-    accelerator = Accelerator(mixed_precision=recipe.train.mixed_precision)
-    if accelerator.num_processes == 1 and _was_to_be_several():
-        raise RecipeError(
-            "`accelerate launch` was asked for several processes, and started one: with --cpu it starts more only "
-            "through mpirun. Launch with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N …"
-        )
-    use_cores(accelerator)
-    if recipe.data.batch_size < accelerator.num_processes:
-        raise RecipeError(
-            f"data.batch_size ({recipe.data.batch_size}) is the whole step's and must be at least the number of "
-            f"processes ({accelerator.num_processes}). Raise it, or launch fewer processes."
-        )
-    return accelerator
-
-
-def use_cores(accelerator: Accelerator) -> None:
-    """Give each process its share of the cores, where `accelerate launch` left it one thread.
-
-    On a machine without GPU the launcher sets OMP_NUM_THREADS=1 unless the variable is set (seen in 1.15), so that a
-    run takes one core whatever the machine has: the quickstart took twice as long. Any other value is the user's and
-    stays; so does 1 without the launcher.
-    """
-    launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ
-    if accelerator.device.type != "cpu" or not launched or os.environ.get("OMP_NUM_THREADS") != "1":
-        return
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    # Only Linux tells which cores the process may use.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(max(1, cores // here))
-
-
-def _was_to_be_several() -> bool:
-    """Whether accelerate's launcher of single processes (seen in 1.15) was given --num_processes above 1 on a CPU: it
-    then names a meeting point for the processes, and starts one, without a word."""
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
-    launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ and "MASTER_PORT" in os.environ
-    return on_cpu and launched and "WORLD_SIZE" not in os.environ
-
-
 def build_model(recipe: Recipe, device: torch.device) -> tuple[ModelBundle, TargetPlan, str]:
     """The base on its device, with what the plan picked made trainable in fp32; and the base's hash."""
-    dtype = DTYPES[recipe.train.mixed_precision]
-    bundle = load_bundle(recipe.model, dtype=_base_dtype(recipe, dtype), seed=recipe.seed)
+    bundle = load_bundle(recipe.model, dtype=base_dtype(recipe), seed=recipe.seed)
     plan = make_plan(recipe.targets, module_tree(bundle.components))
     hashed = "" if plan.targets[0].method == "full" else base_hash(bundle)
     networks: list[nn.Module] = [bundle.unet, bundle.vae, bundle.text_encoder]
@@ -188,9 +143,3 @@ def set_training(bundle: ModelBundle, training: bool) -> None:
     """Train or eval mode of the networks that are trained (dropout is the only difference)."""
     for module in bundle.components.values():
         module.train(training)
-
-
-def _base_dtype(recipe: Recipe, dtype: torch.dtype) -> torch.dtype:
-    """The frozen base is held in the autocast precision itself; weights that are trained stay fp32."""
-    rules = recipe.targets if isinstance(recipe.targets, list) else [recipe.targets]
-    return torch.float32 if any(rule.method == "full" for rule in rules) else dtype

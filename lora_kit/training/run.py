@@ -14,7 +14,7 @@ from lora_kit.errors import LoraKitError, TrainingError
 from lora_kit.files import write_text
 from lora_kit.recipe import Recipe, dump_recipe
 from lora_kit.targeting import plan_to_json
-from lora_kit.training.build import Run, build_accelerator, build_run
+from lora_kit.training.build import Run, build_run
 from lora_kit.training.checkpoints import (
     Progress,
     find_checkpoints,
@@ -23,6 +23,7 @@ from lora_kit.training.checkpoints import (
     save_checkpoint,
 )
 from lora_kit.training.folder import RunFolder, checkpoint_to_resume, prepare_folder
+from lora_kit.training.launch import build_accelerator
 from lora_kit.training.metrics import Metrics, NoMetrics
 from lora_kit.training.optimizers import learning_rate_factor, set_learning_rate
 from lora_kit.training.result import write_result

@@ -51,8 +51,8 @@ def scaled(pictures: torch.Tensor) -> torch.Tensor:
 
 def loss_of(vae: AutoencoderKL, batch: torch.Tensor) -> torch.Tensor:
     """Mean absolute + squared error over R, G, B, mean absolute error over Cb, Cr, and the KL divergence to a unit
-    Gaussian (Kingma & Welling 2014, eq. 10). A flat area of a wrong hue is seen at once, a softer stroke is not:
-    without the chroma term a red apple came out orange."""
+    Gaussian (Kingma & Welling 2014, eq. 10). The chroma term is there because a flat area
+    of a wrong hue is seen at once, and a softer stroke is not."""
     posterior = vae.encode(batch).latent_dist
     error = vae.decode(posterior.sample()).sample - batch
     chroma = torch.einsum("bchw,kc->bkhw", error, CHROMA)

@@ -13,16 +13,6 @@ from lora_kit.recipe.sections import ModelSection
 CAPTIONS = ["red apple", ""]
 
 
-@pytest.fixture(params=["tiny_sd1_folder", "tiny_sd2_folder"])
-def folder(request: pytest.FixtureRequest) -> Path:
-    return request.getfixturevalue(request.param)
-
-
-@pytest.fixture
-def bundle(folder: Path) -> ModelBundle:
-    return load_bundle(ModelSection(base=str(folder)))
-
-
 @pytest.fixture
 def latents() -> torch.Tensor:
     return torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))

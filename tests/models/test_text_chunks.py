@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from lora_kit.models import ModelBundle, load_bundle
+from lora_kit.models import ModelBundle
 from lora_kit.recipe.captions import LongText
-from lora_kit.recipe.sections import ModelSection
 from lora_kit.training.conditions import Conditions
 
 WORDS = ("red", "apple", "blue", "boat", "black", "cat", "yellow", "sun", "white", "fish", "brown")  # each one token
@@ -24,16 +23,6 @@ LENGTHS: tuple[LongText, ...] = ("cut", "chunks")
 def assert_equal_to_rounding(first: Tensor, second: Tensor) -> None:
     """Fp32 sums over batches of another size: a few units in the last place of values near 1."""
     torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
-
-
-@pytest.fixture(params=["tiny_sd1_folder", "tiny_sd2_folder"])
-def folder(request: pytest.FixtureRequest) -> Path:
-    return request.getfixturevalue(request.param)
-
-
-@pytest.fixture
-def bundle(folder: Path) -> ModelBundle:
-    return load_bundle(ModelSection(base=str(folder)))
 
 
 def by_hand(folder: Path, caption: str) -> Tensor:

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 import lora_kit.training.held_out as held_out_module
 from lora_kit.data import collate
 from lora_kit.training import train
-from lora_kit.training.build import build_accelerator, build_run
+from lora_kit.training.build import build_run
 from lora_kit.training.held_out import held_out_losses
+from lora_kit.training.launch import build_accelerator
 from lora_kit.training.step import training_step
 
 ON = "data.buckets={step: 8, min_side: 8, max_side: 32}"

@@ -18,9 +18,9 @@ from lora_kit.errors import DataError
 from lora_kit.models import ModelBundle, load_bundle
 from lora_kit.progress import no_progress
 from lora_kit.recipe import Recipe
-from lora_kit.training.build import build_accelerator
 from lora_kit.training.caching import FilledCache, data_sets, fill_cache, open_cache, wanted_keys
 from lora_kit.training.encoders import load_encoders, trains_text_encoder
+from lora_kit.training.launch import build_accelerator
 
 MakeRecipe = Callable[..., Recipe]
 

@@ -11,7 +11,8 @@ import pytest
 
 from lora_kit.recipe import Recipe
 from lora_kit.training import train
-from lora_kit.training.build import build_accelerator, build_run
+from lora_kit.training.build import build_run
+from lora_kit.training.launch import build_accelerator
 
 LONG = "apple " * 80
 TOLD = "captions are longer than the text encoder reads; cut off."
