@@ -17,39 +17,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from small_tokenizers import SUBJECTS, small_tokenizer
+
+from lora_kit.models import ModelBundle, load_bundle
+from lora_kit.recipe import ModelSection
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
-
-SUBJECTS = ("red apple", "green tree", "blue boat", "black cat", "yellow sun", "grey house", "white fish", "brown dog")
-WORDS = [*dict.fromkeys(word for subject in SUBJECTS for word in subject.split())]
-
-
-def _byte_letters() -> list[str]:
-    """The 256 printable letters that stand for bytes in byte-level BPE (Radford et al. 2019)."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    return sorted(ByteLevel.alphabet())
-
-
-def _merges() -> list[tuple[str, str]]:
-    """The merges that make each of WORDS a single token, left to right."""
-    merges: dict[tuple[str, str], None] = {}
-    for word in WORDS:
-        pieces = [*word[:-1], word[-1] + "</w>"]
-        while len(pieces) > 1:
-            merges[(pieces[0], pieces[1])] = None
-            pieces = [pieces[0] + pieces[1], *pieces[2:]]
-    return list(merges)
-
-
-def small_tokenizer(pad_token: str = "<|endoftext|>") -> Any:
-    """A CLIPTokenizer with 77 positions and a vocabulary of bytes and WORDS; start and end are the last two ids."""
-    from transformers import CLIPTokenizer
-
-    letters, merges = _byte_letters(), _merges()
-    tokens = dict.fromkeys([*letters, *(f"{letter}</w>" for letter in letters), *(a + b for a, b in merges)])
-    vocab = {token: index for index, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77, pad_token=pad_token)
 
 
 def _small_pipeline(version: int) -> Any:
@@ -127,6 +100,18 @@ def tiny_sd2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bases") / "tiny-sd2"
     _small_pipeline(2).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(params=["tiny_sd1_folder", "tiny_sd2_folder"])
+def folder(request: pytest.FixtureRequest) -> Path:
+    """Both generations' small bases, for what holds for either."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def bundle(folder: Path) -> ModelBundle:
+    """`folder`, loaded."""
+    return load_bundle(ModelSection(base=str(folder)))
 
 
 def _picture(index: int, size: tuple[int, int]) -> Image.Image:

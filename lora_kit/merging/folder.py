@@ -14,7 +14,7 @@ from torch import nn
 
 from lora_kit.adapters import AdapterState, read_adapter
 from lora_kit.errors import RecipeError
-from lora_kit.files import sync_folder
+from lora_kit.files import sync_folder, sync_tree
 from lora_kit.merging.component import MergedComponent, merge_component
 from lora_kit.merging.delta import ScaledUpdate
 from lora_kit.merging.report import MergeReport, Verification
@@ -144,13 +144,7 @@ def _verify(
 
 def _publish(temporary: Path, out: Path) -> None:
     """Put the finished folder at `out` once all of it is on disk."""
-    for path in sorted(temporary.rglob("*")):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        elif path.is_dir():
-            sync_folder(path)
-    sync_folder(temporary)
+    sync_tree(temporary)
     if out.exists():
         out.rmdir()
     temporary.rename(out)

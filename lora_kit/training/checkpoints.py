@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_kit.errors import TrainingError
-from lora_kit.files import sync_folder
+from lora_kit.files import sync_folder, sync_tree
 
 STEP_FOLDER = re.compile(r"step-(\d{6,})")
 
@@ -59,10 +59,7 @@ def save_checkpoint(
     save_file({n: t.detach().contiguous().cpu() for n, t in tensors.items()}, temporary / "trainable.safetensors")
     save_file(optimizer_tensors, temporary / "optimizer.safetensors")
     (temporary / "state.json").write_text(json.dumps({**progress._asdict(), "optimizer": optimizer_rest}))
-    for file in temporary.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    sync_folder(temporary)
+    sync_tree(temporary)
     if path.exists():  # the same step again, after a resume: the same bits
         shutil.rmtree(path)
     temporary.rename(path)

@@ -46,7 +46,7 @@ def prepare_folder(recipe: Recipe) -> RunFolder:
     Raises RecipeError if it already holds a run and the recipe neither resumes nor overwrites it.
     """
     folder = RunFolder(Path(recipe.output_dir))
-    held = [name for name in OURS + OUR_FOLDERS if (folder.root / name).exists()]
+    held = [name for name in OURS + OUR_FOLDERS if _holds_something(folder.root / name)]
     if held and recipe.train.resume is None:
         if not recipe.train.overwrite:
             raise RecipeError(
@@ -54,7 +54,6 @@ def prepare_folder(recipe: Recipe) -> RunFolder:
                 "train.resume=latest, replace it with train.overwrite=true, or name another output_dir."
             )
         _remove(folder, held)
-    folder.samples.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -70,6 +69,11 @@ def checkpoint_to_resume(recipe: Recipe) -> Path | None:
         known = ", ".join(p.name for p in find_checkpoints(folder.checkpoints)) or "none"
         raise RecipeError(f"train.resume: {path} is not a checkpoint. Checkpoints of this run: {known}.")
     return path
+
+
+def _holds_something(path: Path) -> bool:
+    """A run that failed before its first step leaves no more than empty folders, and is nothing to keep."""
+    return any(path.iterdir()) if path.is_dir() else path.exists()
 
 
 def _remove(folder: RunFolder, names: list[str]) -> None:

@@ -18,7 +18,7 @@ from lora_kit.adapters import (
     training_metadata,
     write_kohya,
 )
-from lora_kit.files import sync_folder
+from lora_kit.files import sync_folder, sync_tree
 from lora_kit.models import pipeline
 from lora_kit.targeting import plan_to_json
 from lora_kit.training.build import ADAPTER, Run
@@ -92,9 +92,20 @@ def _write_model(run: Run, path: Path) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     pipe = pipeline(run.bundle)
     pipe.to(dtype=_dtype(run))
+    # As read: not with the padding of the last batch.
+    pipe.tokenizer.backend_tokenizer.no_padding()
+    pipe.tokenizer.backend_tokenizer.no_truncation()
     pipe.save_pretrained(temporary, safe_serialization=True)
+    _name_no_half_precision(temporary / "text_encoder" / "config.json")
+    sync_tree(temporary)
     if path.exists():
         shutil.rmtree(path)
     temporary.rename(path)
     sync_folder(path.parent)
     return path
+
+
+def _name_no_half_precision(config: Path) -> None:
+    """transformers holds a text encoder as its config says, diffusers a U-Net in fp32 unless told: a folder of fp16
+    files whose config names fp16 cannot be sampled without naming a dtype. Stable Diffusion's own say fp32."""
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import small_tokenizer
 from diffusers.loaders import single_file_utils
 from ldm_reference import checkpoint_shapes, small
 from safetensors.torch import save_file
+from small_tokenizers import small_tokenizer
 from torch import Tensor
 
 from lora_kit.errors import ModelError

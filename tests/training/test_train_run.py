@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from lora_kit.errors import RecipeError, TrainingError
+from lora_kit.errors import DataError, RecipeError, TrainingError
+from lora_kit.models.loading import TINY_FOLDER
 from lora_kit.training import train
 
 
@@ -116,6 +118,18 @@ def test_a_finished_run_is_not_overwritten_unless_asked(make_recipe, tmp_path):
     assert digest(tmp_path / "run" / "adapter.safetensors") == before
 
 
+def test_a_run_that_failed_before_its_first_step_can_be_started_again(make_recipe, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "a.png").write_bytes(b"no picture")
+    (broken / "a.txt").write_text("red apple")
+    with pytest.raises(DataError, match=r"a\.png"):
+        train(make_recipe("train.max_steps=1", pictures=broken))
+    (tmp_path / "run" / "samples").mkdir(parents=True, exist_ok=True)  # empty, such as an earlier version made
+    train(make_recipe("train.max_steps=1"))
+    assert (tmp_path / "run" / "adapter.safetensors").exists()
+
+
 def test_a_non_finite_loss_names_step_samples_and_last_checkpoint(make_recipe, tmp_path):
     with pytest.raises(TrainingError, match=r"step 2 is nan.*eight/\d+\.png.*step-000001"):
         train(make_recipe("optimizer.lr=1e30", "save.every=1", "optimizer.max_grad_norm=0.0"))
@@ -143,6 +157,24 @@ def test_full_fine_tuning_trains_everything_and_writes_a_diffusers_folder(make_r
         trained, before = load_file(file), load_file(base)
         assert trained.keys() == before.keys()
         assert not any(torch.equal(trained[name], before[name]) for name in trained if trained[name].std() > 0)
+
+
+def test_a_full_fine_tune_saved_in_fp16_is_sampled_by_diffusers_as_it_lies(make_recipe):
+    # Named no dtype: diffusers then holds the U-Net in fp32, transformers the text encoder as its config says.
+    rules = 'targets=[{match: "unet.**", method: full}]'
+    outcome = train(make_recipe(rules, "save.dtype=fp16", "train.max_steps=1"))
+    draw_with_diffusers(outcome.path)
+
+
+def test_the_packaged_base_is_sampled_by_diffusers_as_it_lies():
+    draw_with_diffusers(TINY_FOLDER)
+
+
+def draw_with_diffusers(folder: Path) -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    drawn = pipe("red apple", num_inference_steps=2, output_type="np").images
+    assert torch.isfinite(torch.from_numpy(drawn)).all()
 
 
 def test_text_encoder_adapters_train_at_their_own_rate(make_recipe, tmp_path):
