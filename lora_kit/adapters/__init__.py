@@ -5,7 +5,7 @@ from lora_kit.adapters.formats.kohya import write_kohya
 from lora_kit.adapters.inject import eject, inject, trainable_parameters
 from lora_kit.adapters.io import RawAdapter, read_adapter, read_raw
 from lora_kit.adapters.load import load_adapter
-from lora_kit.adapters.scaling import set_scales
+from lora_kit.adapters.scaling import set_scales, without_adapters
 from lora_kit.adapters.state import AdapterState, LoraUpdate, adapter_state
 
 __all__ = [
@@ -25,5 +25,6 @@ __all__ = [
     "set_scales",
     "trainable_parameters",
     "training_metadata",
+    "without_adapters",
     "write_kohya",
 ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -30,6 +31,20 @@ def set_scales(components: Mapping[str, nn.Module], scales: Mapping[str, float])
             for name in active:
                 layer.set_scale(name, scales[name])
             activate(layer, active)
+
+
+@contextmanager
+def without_adapters(components: Mapping[str, nn.Module]) -> Generator[None]:
+    """All adapters off while inside, and then active as they were before."""
+    layers = [layer for name in adapter_names(components) for layer in lora_layers(components, name).values()]
+    active = [list(layer.active_adapters) for layer in layers]
+    for layer in layers:
+        activate(layer, [])
+    try:
+        yield
+    finally:
+        for layer, names in zip(layers, active, strict=True):
+            activate(layer, names)
 
 
 def _check_scale(components: Mapping[str, nn.Module], name: str, scale: float) -> None:

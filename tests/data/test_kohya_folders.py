@@ -13,7 +13,7 @@ from lora_kit.recipe import DataSection
 
 
 def section(folder: Path, **source: object) -> DataSection:
-    return DataSection.model_validate({"sources": [{"path": str(folder), **source}]})
+    return DataSection.model_validate({"sources": [{"path": str(folder), **source}], "on_error": "raise"})
 
 
 def picture(path: Path, caption: str | None = None) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from lora_kit.data.records import Records, settle_flaws
 from lora_kit.data.sources.folder import read_folder
 from lora_kit.data.sources.hub import TABLE_BUILDERS, is_saved, read_hub
+from lora_kit.data.sources.masks import add_masks, part_masks
 from lora_kit.data.sources.metadata import METADATA_NAMES
 from lora_kit.data.sources.patterns import matching_files
 from lora_kit.data.sources.shards import COMPRESSED_SUFFIXES, SHARD_SUFFIX, read_shards
@@ -120,7 +121,8 @@ def _read(place: Place) -> Found:
 
 
 def _read_folder(place: Place, folder: Path) -> Found:
-    files = [name for name in list_files(folder) if place.section.nested or "/" not in name]
+    listed = [name for name in list_files(folder) if place.section.nested or "/" not in name]
+    files, masks = part_masks(listed, place.section.mask_suffix)
     if is_saved(files):
         return read_hub(place, saved=True)
     has_pictures = any(has_suffix(name, PICTURE_SUFFIXES) for name in files)
@@ -133,7 +135,7 @@ def _read_folder(place: Place, folder: Path) -> Found:
             return read_shards(place, shards)
     if place.section.streaming:
         raise DataError(f"{place.origin}: streaming does nothing with a folder of pictures, which is read in place.")
-    return read_folder(place, folder, files)
+    return add_masks(place, read_folder(place, folder, files), masks, folder)
 
 
 def _not_empty(found: Found, place: Place) -> Found:
