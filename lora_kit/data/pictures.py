@@ -163,7 +163,8 @@ def _decode_mask(record: Record, size: Size) -> Image.Image:
     # Another resolution of the same shape will do: a side may be off by the rounding of the smaller one.
     (width, height), (own_width, own_height) = size, grey.size
     if abs(own_width * height - own_height * width) > max(width, height):
-        raise ValueError(f"it is {own_width} × {own_height} pixels, the picture {width} × {height}: another shape")
+        said = f"{own_width} × {own_height} pixels, the picture {width} × {height}: another shape"
+        raise DataError(f"{record.id}: its mask has {said}. Cut it as the picture is cut")
     return grey.resize(size, Image.Resampling.BOX if own_width > width else Image.Resampling.BILINEAR)
 
 
