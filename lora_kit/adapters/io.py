@@ -12,7 +12,7 @@ from lora_kit.adapters.formats.container import read_safetensors
 from lora_kit.adapters.formats.fit import Split, fit, split
 from lora_kit.adapters.formats.layout import Layout
 from lora_kit.adapters.formats.recognise import recognise
-from lora_kit.adapters.state import AdapterState, weight_modules
+from lora_kit.adapters.state import AdapterState, adaptable_modules
 
 
 class RawAdapter(NamedTuple):
@@ -34,10 +34,12 @@ def read_raw(path: Path) -> RawAdapter:
 
 
 def read_adapter(path: Path, components: Mapping[str, nn.Module]) -> AdapterState:
-    """The adapter under the dotted names of `components` (which may lie on the meta device), fp32 on the CPU.
+    """The adapter under the dotted names of `components` (which may lie on the meta device).
+
+    Tensors keep the precision they are stored in; they lie on the CPU.
 
     Raises one AdapterFileError with everything that does not fit: unknown keys, missing halves, wrong shapes,
     NaN or infinite values. Never returns part of a file.
     """
     layout, parts, metadata = read_raw(path)
-    return AdapterState(fit(path, layout, parts, weight_modules(components)), metadata)
+    return AdapterState(fit(path, layout, parts, adaptable_modules(components)), metadata)
