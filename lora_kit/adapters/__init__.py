@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from lora_kit.adapters.io import RawAdapter, fit_adapter, read_adapter, read_raw
     from lora_kit.adapters.load import load_adapter
     from lora_kit.adapters.scaling import set_scales
-    from lora_kit.adapters.state import AdapterState, LoraUpdate, adapter_state
+    from lora_kit.adapters.state import AdapterState, adapter_state
+    from lora_kit.adapters.updates import LoraUpdate, Update
 
 __all__ = [
     "AdapterState",
@@ -25,6 +26,7 @@ __all__ = [
     "LoraUpdate",
     "RawAdapter",
     "TrainingFacts",
+    "Update",
     "adapter_state",
     "eject",
     "family_of",
@@ -43,9 +45,10 @@ __all__ = [
 _HOMES = {
     "AdapterState": "state",
     "CaptionFacts": "formats.header",
-    "LoraUpdate": "state",
+    "LoraUpdate": "updates",
     "RawAdapter": "io",
     "TrainingFacts": "formats.header",
+    "Update": "updates",
     "adapter_state": "state",
     "eject": "injection",
     "family_of": "formats.family",

@@ -57,10 +57,7 @@ def command(
     )
     folder = _TINY if base == "tiny" else Path(base)
     sources = [(option.path, option.scale) for option in adapters]
-    if dry_run or out is None:
-        result = plan_merge(folder, sources, options)
-    else:
-        result = merge(folder, sources, out, options)
+    result = plan_merge(folder, sources, options) if dry_run or out is None else merge(folder, sources, out, options)
     typer.echo(json.dumps(result.json(), indent=2, ensure_ascii=False) if as_json else result.text())
 
 

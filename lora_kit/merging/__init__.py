@@ -1,6 +1,6 @@
 """Fuse adapters into weights, and check the result."""
 
-from lora_kit.merging.delta import ScaledUpdate, total_delta
+from lora_kit.merging.delta import ScaledUpdate, rounding_bound, total_bias_delta, total_delta
 from lora_kit.merging.merge import MergeOptions, merge, plan_merge
 from lora_kit.merging.report import Distance, MergePlan, MergeReport, NetworkError, WeightCheck
 from lora_kit.merging.spectrum import UpdateSpectrum, spectra, spectrum
@@ -16,7 +16,9 @@ __all__ = [
     "WeightCheck",
     "merge",
     "plan_merge",
+    "rounding_bound",
     "spectra",
     "spectrum",
+    "total_bias_delta",
     "total_delta",
 ]

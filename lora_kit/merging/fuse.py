@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_kit.adapters.state import Update
+from lora_kit.adapters.updates import Update
 from lora_kit.errors import ModelError
 from lora_kit.merging.delta import ScaledUpdate
 from lora_kit.merging.stored import dtype_name

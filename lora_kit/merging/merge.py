@@ -17,7 +17,7 @@ from lora_kit.merging.report import MergePlan, MergeReport, NetworkError, Planne
 from lora_kit.merging.sources import Source, read_sources
 from lora_kit.merging.stored import WeightFile, dtype_name
 from lora_kit.merging.stream import Rewrite
-from lora_kit.merging.verify import check_weights, distance, rounding_bound
+from lora_kit.merging.verify import check_weights, distance, unmerge_bound
 from lora_kit.merging.wanted import Parts, Scaled, Updates, all_parts, wanted_dtypes, wanted_parts, wanted_updates
 
 
@@ -142,7 +142,7 @@ def _notes(base: Base) -> list[str]:
     """What else a user must know about the base's files."""
     notes: list[str] = []
     for files in base.components.values():
-        left_out = [path.name for path in files.all_weights if path not in (*files.weights, files.index)]
+        left_out = [path.name for path in files.all_weights if path not in (*files.weights, files.shard_index)]
         if left_out:
             notes.append(f"{files.folder.name}: left out, not merged: {', '.join(left_out)}")
     for file in base.files:
@@ -169,7 +169,7 @@ def _report(work: _Work, out: Path, options: MergeOptions, written: list[WeightF
         tuple(work.notes),
         check_weights(work.base, written, work.parts) if options.verify else None,
         unmerged=options.unmerge,
-        bound=rounding_bound(work.base, written, work.parts) if options.unmerge and options.verify else None,
+        bound=unmerge_bound(work.base, written, work.parts) if options.unmerge and options.verify else None,
     )
 
 

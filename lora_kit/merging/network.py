@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_kit.adapters import LoraUpdate, eject, load_adapter
+from lora_kit.adapters import LoraUpdate, Update, eject, load_adapter
+from lora_kit.adapters.state import is_plain_lora
 from lora_kit.errors import ModelError, RecipeError
 from lora_kit.merging.delta import ScaledUpdate, total_delta
 from lora_kit.merging.report import NetworkError
@@ -30,7 +31,7 @@ Updates = Mapping[str, Sequence[ScaledUpdate]]
 
 def check_live(updates: Updates) -> None:
     """Raise RecipeError, before any work, if the updates cannot be made live to compare with."""
-    others = sorted({one.update.method for some in updates.values() for one in some if not _is_plain(one)})
+    others = sorted({one.update.method for some in updates.values() for one in some if not is_plain_lora(one.update)})
     if others:
         raise RecipeError(
             f"--verify-network: holds only for plain LoRA, which PEFT can apply live; got {', '.join(others)}. The "
@@ -108,17 +109,13 @@ def _adapted_outputs(networks: Networks, updates: Updates) -> Outputs:
     """`fixed_outputs` with live adapters, whose strengths are folded into their alphas; given back as they were."""
     names: list[str] = []
     for index in range(max(map(len, updates.values()))):
-        layer = {name: _scaled(some[index]) for name, some in updates.items() if len(some) > index}
+        layer: dict[str, Update] = {name: _scaled(some[index]) for name, some in updates.items() if len(some) > index}
         names.append(f"merged_{index}")
         load_adapter(networks, layer, names[-1])
     outputs = fixed_outputs(networks)
     for name in reversed(names):
         eject(networks, name)
     return outputs
-
-
-def _is_plain(one: ScaledUpdate) -> bool:
-    return isinstance(one.update, LoraUpdate)
 
 
 def _scaled(one: ScaledUpdate) -> LoraUpdate:
@@ -133,4 +130,6 @@ def _add_in_place(networks: Networks, updates: Updates) -> None:
         component, _, inner = name.partition(".")
         weight = networks[component].get_submodule(inner).weight
         assert isinstance(weight, Tensor)
-        weight += total_delta(some)
+        delta = total_delta(some, weight=weight)
+        if delta is not None:
+            weight += delta

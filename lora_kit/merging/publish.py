@@ -112,8 +112,8 @@ def _write_indices(base: Base, rewrites: Sequence[Rewrite | None], temporary: Pa
             for tensor in file.tensors.values()
         )
         text = written_index(files, total)
-        if text is not None and files.index is not None:
-            write_text(temporary / files.folder.name / written_name(files.index.name), text)
+        if text is not None and files.shard_index is not None:
+            write_text(temporary / files.folder.name / written_name(files.shard_index.name), text)
 
 
 def _changed(base: Base, folders: set[Path]) -> list[ComponentFiles]:

@@ -64,9 +64,9 @@ def check_unmerge(path: Path, metadata: Mapping[str, str], records: Sequence[Rec
         alike = [one for one in held if _identity(one) == _identity(record)]
         if alike:
             raise RecipeError(
-                f"{path}: {name} was merged at {_strengths(alike)}, so taking it out at {_strengths([record])} would not "
-                "give the base back. Name that scale (FILE:SCALE, --scale), or merge at a negative scale if this is "
-                "what you want."
+                f"{path}: {name} was merged at {_strengths(alike)}, so taking it out at {_strengths([record])} would "
+                "not give the base back. Name that scale (FILE:SCALE, --scale), or merge at a negative scale if this "
+                "is what you want."
             )
         notes.append(f"{path.name}: its header does not say that {name} is in it; subtracted all the same")
     return notes

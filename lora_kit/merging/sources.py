@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lora_kit.adapters.formats.family import family_of
 from lora_kit.adapters.io import fit_adapter
 from lora_kit.adapters.state import AdapterState
+from lora_kit.adapters.updates import build_update
 from lora_kit.errors import AdapterFileError, LoraKitError
 from lora_kit.merging.base import Base
 from lora_kit.merging.stored import open_weights
@@ -26,6 +27,7 @@ def read_sources(base: Base, adapters: Sequence[tuple[Source, float]]) -> tuple[
     problems: list[str] = []
     for source, scale in adapters:
         if isinstance(source, AdapterState):
+            problems += _misfits(base, source)
             found.append(Scaled(source, scale))
             continue
         try:
@@ -40,6 +42,19 @@ def read_sources(base: Base, adapters: Sequence[tuple[Source, float]]) -> tuple[
     if problems:
         raise AdapterFileError("\n".join(problems))
     return found, notes
+
+
+def _misfits(base: Base, state: AdapterState) -> Iterator[str]:
+    """What of an adapter in memory does not fit the base."""
+    for name, update in state.updates.items():
+        module = base.places.modules.get(name)
+        if module is None:
+            yield f"{name}: no such module in {base.path}"
+            continue
+        try:
+            build_update(update.parts(), getattr(update, "alpha", None), module.shape)
+        except AdapterFileError as error:
+            yield f"{name}: {error}"
 
 
 def _other_family(base: Base, path: Path) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ MAX_THREADS = 4
 RUN = 1 << 24
 """Bytes of unchanged tensors that one job copies."""
 FLUSH_EVERY_S = 0.1
+
+_seeking = threading.Lock()
 
 
 class Rewrite(NamedTuple):
@@ -137,10 +139,19 @@ def _stream(rows: Tensor, part: Part | None, dtype: torch.dtype, key: str, place
 def _write(handle: int, tensor: Tensor, offset: int) -> None:
     if not tensor.numel():
         return
-    view = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    values: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    view = memoryview(values)
     while view:
-        written = os.pwrite(handle, view, offset)
+        written = _write_at(handle, view, offset)
         view, offset = view[written:], offset + written
+
+
+def _write_at(handle: int, view: memoryview, offset: int) -> int:
+    if hasattr(os, "pwrite"):
+        return os.pwrite(handle, view, offset)
+    with _seeking:  # Windows has no pwrite
+        os.lseek(handle, offset, os.SEEK_SET)
+        return os.write(handle, view)
 
 
 def _run(jobs: Sequence[Callable[[], None]]) -> None:

@@ -8,17 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_kit.adapters.state import is_plain_lora
 from lora_kit.errors import ModelError
 from lora_kit.merging.base import Base
-from lora_kit.merging.fuse import BLOCK, Delta, Part, delta, matrix
+from lora_kit.merging.fuse import BLOCK, Delta, Part, delta, matrix, working_dtype
 from lora_kit.merging.report import Distance, WeightCheck
 from lora_kit.merging.stored import WeightFile
 from lora_kit.merging.wanted import Parts, all_parts
 
 SAMPLE = 8
-DENSE_SLACK = 1e-4
-"""Share of the largest |ΔW| that a method's own fp32 arithmetic (products of factors, a matrix inverse of OFT) may
-cost. Far above what such small matrices lose, far below a wrong update."""
 
 
 class _Measured(NamedTuple):
@@ -46,8 +44,8 @@ def check_weights(base: Base, written: Sequence[WeightFile | None], parts: Parts
     worst = max(found, key=lambda name: found[name].share)
     if not found[worst].share <= 1:
         raise ModelError(
-            f"{worst}: the merged weight is {found[worst].share:.1f} times further from its float64 value than rounding "
-            "allows. Nothing was written."
+            f"{worst}: the merged weight is {found[worst].share:.1f} times further from its float64 value than "
+            "rounding allows. Nothing was written."
         )
     shown = max(found.values(), key=lambda one: one.error)
     return WeightCheck(len(found), shown.error, shown.cast, found[worst].share)
@@ -57,24 +55,36 @@ def _measure(part: Part, stored: Tensor, merged: Tensor) -> _Measured:
     """One weight against float64, some rows at a time.
 
     With u = 2^-24 and R the summed ranks, the fp32 result is within (R + 4) · u · (|W| + |up| · |down|) (Higham,
-    Accuracy and Stability of Numerical Algorithms, section 3.1); the cast adds half a unit in the last place.
+    Accuracy and Stability of Numerical Algorithms, section 3.1), and what the updates' own arithmetic costs where
+    they are more than two factors; the cast adds half a unit in the last place.
     """
     change = delta(part, stored, torch.float64)
-    ranks = 0 if change.down is None else change.down.shape[0]
-    unit = 2.0**-24 if stored.dtype != torch.float64 else 2.0**-53
-    slack = 0.0 if change.dense is None else DENSE_SLACK * float(change.dense.abs().max())
+    own = _own_rounding(part, stored)
+    terms = len(part.updates) + 4 + (0 if change.down is None else change.down.shape[0])
+    unit = torch.finfo(working_dtype(stored.dtype)).eps / 2
     limits = torch.finfo(merged.dtype)
     largest = error = cast = share = 0.0
     for rows, added, magnitude in _rows(change, stored):
         exact = stored[rows].double() + added
         off = (merged[rows].double() - exact).abs()
-        arithmetic = (ranks + 4) * unit * (stored[rows].double().abs() + magnitude) + slack
+        arithmetic = terms * unit * (stored[rows].double().abs() + magnitude)
+        arithmetic = arithmetic if own is None else arithmetic + own[rows]
         allowed = arithmetic + limits.eps / 2 * (exact.abs() + arithmetic) + limits.smallest_normal * limits.eps / 2
         largest = max(largest, float(exact.abs().max()))
         error = max(error, float(off.max()))
         cast = max(cast, float((exact.to(merged.dtype).double() - exact).abs().max()))
         share = max(share, float((off / allowed).nan_to_num(float("inf")).max()))
     return _Measured(error / (largest or 1.0), cast / (largest or 1.0), share)
+
+
+def _own_rounding(part: Part, stored: Tensor) -> Tensor | None:
+    """[rows, columns]: what fp32 costs within updates that are more than two factors."""
+    total: Tensor | None = None
+    for update, scale in part.updates if part.kind == "weight" else ():
+        if not is_plain_lora(update):
+            own = matrix(update.rounding(scale, stored.double().reshape(part.shape)).reshape(part.shape))
+            total = own if total is None else total + own
+    return total
 
 
 def _rows(change: Delta, stored: Tensor) -> Iterator[tuple[slice, Tensor | float, Tensor | float]]:
@@ -100,7 +110,7 @@ def sample_of(items: Sequence[tuple[tuple[int, str], Part]]) -> list[tuple[tuple
     return [items[round(index * (len(items) - 1) / (count - 1))] for index in range(count)]
 
 
-def rounding_bound(base: Base, written: Sequence[WeightFile | None], parts: Parts) -> float:
+def unmerge_bound(base: Base, written: Sequence[WeightFile | None], parts: Parts) -> float:
     """How far an un-merged weight may be from the original, relative to the weight's largest value.
 
     The merge rounded W + ΔW once and the un-merge rounds W once more, each to half a unit in the last place of its

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from lora_kit.adapters.state import AdapterState, Update
+from lora_kit.adapters.state import AdapterState
+from lora_kit.adapters.updates import Update
 from lora_kit.errors import AdapterFileError, ModelError, RecipeError
 from lora_kit.merging.base import Base
 from lora_kit.merging.delta import ScaledUpdate

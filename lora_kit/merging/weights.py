@@ -17,7 +17,7 @@ class ComponentFiles(NamedTuple):
     folder: Path
     weights: tuple[Path, ...]
     """The file or shards that are read."""
-    index: Path | None
+    shard_index: Path | None
     """The JSON that says which shard holds which tensor."""
     all_weights: tuple[Path, ...]
     """Every weight file and index of the component: other variants and formats too."""
@@ -59,9 +59,9 @@ def written_name(name: str) -> str:
 
 def written_index(files: ComponentFiles, total_size: int) -> str | None:
     """The index of the written shards, or None where the component is one file. `total_size`: bytes of all values."""
-    if files.index is None:
+    if files.shard_index is None:
         return None
-    index = _read_index(files.index)
+    index = _read_index(files.shard_index)
     index["metadata"] = {**index.get("metadata", {}), "total_size": total_size}
     index["weight_map"] = {key: written_name(name) for key, name in index["weight_map"].items()}
     return json.dumps(index, indent=2, sort_keys=True) + "\n"
