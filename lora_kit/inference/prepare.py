@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lora_kit.adapters import AdapterState, family_of, load_adapter, read_adapter, set_scales
+from lora_kit.adapters import AdapterState, family_of, load_adapter, read_adapter, set_scale
 from lora_kit.inference.sampling import SamplingSettings, vae_factor
 from lora_kit.models import ModelBundle, base_hash, load_bundle
 from lora_kit.recipe import ModelSection
@@ -71,4 +71,4 @@ def default_settings(bundle: ModelBundle) -> SamplingSettings:
 
 def scale_adapters(prepared: Prepared, scales: Sequence[float]) -> None:
     """Set each adapter's strength, in the order of the files; 0 turns it off wholly."""
-    set_scales(prepared.bundle.components, dict(zip(prepared.adapters, scales, strict=True)))
+    set_scale(prepared.bundle.components, dict(zip(prepared.adapters, scales, strict=True)))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_kit.adapters import AdapterState, eject, load_adapter, set_scales
+from lora_kit.adapters import AdapterState, eject, load_adapter, set_scale
 from lora_kit.errors import ModelError
 from lora_kit.merging.delta import ScaledUpdate, rounding_bound, total_delta
 from lora_kit.merging.report import NetworkError, WeightCheck
@@ -50,7 +50,7 @@ def adapted_outputs(
     names = [f"merged_{index}" for index in range(len(adapters))]
     for name, (state, _) in zip(names, adapters, strict=True):
         load_adapter(bundle.components, state.updates, name)
-    set_scales(bundle.components, {name: scale for name, (_, scale) in zip(names, adapters, strict=True)})
+    set_scale(bundle.components, {name: scale for name, (_, scale) in zip(names, adapters, strict=True)})
     outputs = fixed_outputs(bundle, components)
     for name in reversed(names):
         eject(bundle.components, name)
