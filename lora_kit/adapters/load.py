@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lora_kit.adapters.inject import check_name, inject
+from lora_kit.adapters.injection import check_name, inject
 from lora_kit.adapters.io import read_adapter
 from lora_kit.adapters.layers import base_layer, live_layer, stacked
 from lora_kit.adapters.delta_layer import DeltaLayer

@@ -8,7 +8,7 @@ from typing import NamedTuple, cast
 
 from torch import nn
 
-from lora_kit.adapters.inject import require_adapter
+from lora_kit.adapters.injection import require_adapter
 from lora_kit.adapters.layers import LiveLayer, activate, live_layers
 from lora_kit.adapters.places import Model, components_of
 from lora_kit.adapters.record import adapter_names, record_of, require_unfused

@@ -19,6 +19,10 @@ BLOCKS_17 = tuple(block for block in BLOCKS_26 if block not in {*INS[::3], *INS[
 """The order of a 17-number string: BASE and the blocks with attention, which are all a plain LoRA changes."""
 
 _LEVELS, _LAYERS = 4, 2  # of every Stable Diffusion v1 and v2 UNet
+_OTHER_DEPTH = (
+    f"block weights: got {{}}; the strings know UNets of {_LEVELS} levels with {_LAYERS} residual blocks each, as all "
+    "of Stable Diffusion v1 and v2 are. Use `glob=number` for this one."
+)
 _BLOCK = re.compile(r"unet\.(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.")
 
 
@@ -70,11 +74,20 @@ def ldm_block(name: str) -> str | None:
     position = _LAYERS if part.endswith("samplers") else index
     block = level * (_LAYERS + 1) + position + (side == "down")
     if level >= _LEVELS or position > _LAYERS:
-        raise RecipeError(
-            f"{name}: block-weight strings know UNets of {_LEVELS} levels with {_LAYERS} residual blocks each, as "
-            "all of Stable Diffusion v1 and v2 are. Use `glob=number` for this one."
-        )
+        raise RecipeError(_OTHER_DEPTH.format(name))
     return f"{'IN' if side == 'down' else 'OUT'}{block:02}"
+
+
+def check_depth(modules: Sequence[str], specs: Sequence[str]) -> None:
+    """Raise RecipeError if a block-weight string is meant for a UNet whose blocks are not numbered as it thinks.
+
+    modules: all of the base's, not only the adapted ones.
+    """
+    found = [match for name in modules if (match := _BLOCK.match(f"{name}."))]
+    levels = {match[2] for match in found}
+    residual = {match[4] for match in found if match.group(1, 2, 3) == ("down", "0", "resnets")}
+    if any(map(_is_block_weights, specs)) and (len(levels), len(residual)) != (_LEVELS, _LAYERS):
+        raise RecipeError(_OTHER_DEPTH.format(f"a UNet of {len(levels)} levels with {len(residual)} residual blocks"))
 
 
 def _is_block_weights(text: str) -> bool:
