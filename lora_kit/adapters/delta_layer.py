@@ -71,7 +71,7 @@ class DeltaLayer(nn.Module):
         self._computed = None
 
     def totals(self) -> dict[str, Tensor]:
-        """`weight` and `bias` → Σ Δ of the active adapters, fp32, on the parameter's device; unchanged ones left out."""
+        """`weight` and `bias` → Σ Δ of the active adapters, fp32, on the parameter's device; others left out."""
         found: dict[str, Tensor] = {}
         for name, scale in self.scales.items():
             update = _moved(self.updates[name], self.weight.device)
@@ -119,7 +119,9 @@ def _moved(update: Update, device: torch.device) -> Update:
     """The update with its tensors on `device`; itself if they are there."""
     record = cast(Any, update)
     tensors = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
-    away = {name: part.to(device) for name, part in tensors.items() if isinstance(part, Tensor) and part.device != device}
+    away = {
+        name: part.to(device) for name, part in tensors.items() if isinstance(part, Tensor) and part.device != device
+    }
     return dataclasses.replace(record, **away) if away else update
 
 

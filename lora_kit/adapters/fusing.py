@@ -92,7 +92,7 @@ def total_deltas(layer: LiveLayer) -> dict[str, Tensor]:
     weight = cast(Tensor, layer.base.weight)
     with exact_arithmetic(weight.device):
         totals = layer.delta.totals() if layer.delta else {}
-        for name in cast("list[str]", layer.lora.active_adapters) if layer.lora else []:
+        for name in layer.lora.active_adapters if layer.lora else []:
             delta = _lora_delta(cast(LoraLayer, layer.lora), name, arithmetic_dtype(weight)).reshape(weight.shape)
             totals["weight"] = totals["weight"] + delta if "weight" in totals else delta
     return totals
@@ -155,12 +155,12 @@ def _parameter(network: nn.Module, name: str) -> Tensor | None:
 
 def _digest(parameter: Tensor) -> str:
     flat = parameter.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return hashlib.sha256(flat.numpy()).hexdigest()
+    return hashlib.sha256(flat.numpy().data).hexdigest()
 
 
 def _check_foreign(networks: Mapping[str, nn.Module], layers: Mapping[str, LiveLayer]) -> None:
     own = adapter_names(networks)
-    active = {name for layer in layers.values() if layer.lora for name in cast("list[str]", layer.lora.active_adapters)}
+    active = {name for layer in layers.values() if layer.lora for name in layer.lora.active_adapters}
     foreign = sorted(active - set(own))
     if foreign:
         raise TargetError(

@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_kit.adapters.delta_layer import DeltaLayer
 from lora_kit.adapters.layers import LiveLayer, activate, base_layer, live_layer, live_layers, stacked, with_adapter
-from lora_kit.adapters.places import module_at, put_module
+from lora_kit.adapters.places import Model, components_of, module_at, put_module
 from lora_kit.adapters.record import adapter_names, forget, record_of, require_unfused, start_record
 from lora_kit.adapters.state import lora_layers
 from lora_kit.errors import TargetError
@@ -64,12 +64,15 @@ def trainable_parameters(
     return found
 
 
-def eject(components: Mapping[str, nn.Module], adapter_name: str = "default") -> None:
-    """Undo `inject`: the very module objects come back, and with the last adapter the requires_grad flags.
+def eject(model: Model, adapter_name: str = "default") -> None:
+    """Undo `inject` or `load_adapter`: the module objects come back, with the last adapter the requires_grad flags.
+
+    model: a diffusers pipeline, a `ModelBundle`, or networks by name.
 
     Weights of `method: full` get their precision back but keep their trained values: a copy of the old ones
-    would double the memory. Raises TargetError if there is no such adapter.
+    would double the memory. Raises TargetError if there is no such adapter, or the adapters are fused.
     """
+    components = components_of(model)
     require_unfused(components)
     require_adapter(components, adapter_name)
     for name, layer in live_layers(components).items():

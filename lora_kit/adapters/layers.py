@@ -27,13 +27,13 @@ class LiveLayer(NamedTuple):
     def adapters(self) -> list[str]:
         """The adapters that change this module."""
         names = [*(self.lora.lora_A if self.lora else ()), *(self.delta.updates if self.delta else ())]
-        return list(dict.fromkeys(cast("list[str]", names)))
+        return list(dict.fromkeys(names))
 
 
 def live_layers(components: Mapping[str, nn.Module]) -> dict[str, LiveLayer]:
     """Every adapted module by dotted name, in module order."""
     return {
-        f"{component}.{inner}": live_layer(module)
+        f"{component}.{inner}": live_layer(cast(nn.Module, module))
         for component, network in components.items()
         for inner, module in network.named_modules()
         if isinstance(module, LoraLayer | DeltaLayer) and not inner.endswith(".base_layer")

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lora_kit.adapters.delta_layer import DeltaLayer
 from lora_kit.adapters.injection import check_name, inject
 from lora_kit.adapters.io import read_adapter
 from lora_kit.adapters.layers import base_layer, live_layer, stacked
-from lora_kit.adapters.delta_layer import DeltaLayer
 from lora_kit.adapters.places import Model, components_of, module_at, put_module
 from lora_kit.adapters.record import record_of
 from lora_kit.adapters.state import AdapterState, is_plain_lora, lora_layers, plain_lora, plan_for

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 from torch import nn
 
@@ -12,8 +12,9 @@ from lora_kit.adapters.injection import require_adapter
 from lora_kit.adapters.layers import LiveLayer, activate, live_layers
 from lora_kit.adapters.places import Model, components_of
 from lora_kit.adapters.record import adapter_names, record_of, require_unfused
-from lora_kit.errors import LoraKitError, RecipeError, TargetError
-from lora_kit.targeting.block_scales import module_scales
+from lora_kit.errors import RecipeError, TargetError
+from lora_kit.targeting import module_tree
+from lora_kit.targeting.block_scales import check_depth, module_scales
 
 
 class Strength(NamedTuple):
@@ -46,17 +47,19 @@ def set_scale(model: Model, scales: Mapping[str, Scale]) -> None:
     """
     networks = components_of(model)
     require_unfused(networks)
-    modules = adapted_modules(networks)
-    problems: list[LoraKitError] = []
+    modules, everything = adapted_modules(networks), [module.name for module in module_tree(networks)]
+    problems: list[str] = []
     wanted: dict[str, dict[str, float]] = {}
     for name, scale in scales.items():
         require_adapter(networks, name)
         try:
-            wanted[name] = _resolved(name, modules[name], _strength(scale))
+            strength = _strength(scale)
+            check_depth(everything, strength.rules)
+            wanted[name] = _resolved(name, modules[name], strength)
         except RecipeError as error:
-            problems.append(RecipeError(f"adapter `{name}`: {error}"))
+            problems.append(f"adapter `{name}`: {error}")
     if problems:
-        raise RecipeError("\n".join(map(str, problems)))
+        raise RecipeError("\n".join(problems))
     apply_scales(networks, wanted)
 
 
@@ -94,7 +97,7 @@ def _strength(scale: Scale) -> Strength:
     if isinstance(scale, str):
         return Strength(rules=(scale,))
     if isinstance(scale, Mapping):
-        return Strength(rules=tuple(f"{glob}={number!r}" for glob, number in scale.items()))
+        return Strength(rules=tuple(f"{glob}={float(number)!r}" for glob, number in scale.items()))
     return Strength(scale)
 
 
@@ -111,7 +114,7 @@ def _set(layer: LiveLayer, own: list[str], scales: Mapping[str, float]) -> None:
         active = [name for name, scale in scales.items() if scale != 0 and name in lora.lora_A]
         for name in active:
             lora.set_scale(name, scales[name])
-        foreign = [name for name in cast("list[str]", lora.active_adapters) if name not in own]
+        foreign = [name for name in lora.active_adapters if name not in own]
         activate(lora, [*foreign, *active])
     if delta is not None:
         delta.set_scales({name: scale for name, scale in scales.items() if name in delta.updates})
