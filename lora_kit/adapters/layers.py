@@ -98,8 +98,11 @@ def _layer(module: nn.Module, config: LoraConfig, adapter_name: str) -> Linear |
     if isinstance(module, Linear | Conv2d):
         module.update_layer(adapter_name, rank, alpha, config=config)  # pyright: ignore[reportUnknownMemberType] - PEFT
         return module
-    wrapper = Linear if isinstance(base_layer(module), nn.Linear) else Conv2d
-    return wrapper(module, adapter_name, config=config, r=rank, lora_alpha=alpha)
+    base = base_layer(module)
+    wrapper = Linear if isinstance(base, nn.Linear) else Conv2d
+    layer = wrapper(base, adapter_name, config=config, r=rank, lora_alpha=alpha)
+    layer.base_layer = module  # a DeltaLayer, it may be: PEFT reads the shapes off the network's own module
+    return layer
 
 
 def _factors(down: nn.Module, up: nn.Module, device: torch.device, key: str) -> tuple[nn.Parameter, nn.Parameter]:

@@ -17,6 +17,7 @@ from lora_kit.adapters.record import record_of
 from lora_kit.adapters.state import AdapterState, is_plain_lora, lora_layers, plain_lora, plan_for
 from lora_kit.adapters.updates import LoraUpdate, Update
 from lora_kit.errors import AdapterFileError, did_you_mean
+from lora_kit.targeting import module_tree
 
 Source = str | Path | AdapterState | Mapping[str, Update]
 
@@ -71,9 +72,10 @@ def _fill(weight: Tensor | nn.Module, factor: Tensor) -> None:
 
 def _check(networks: Mapping[str, nn.Module], updates: Mapping[str, Update]) -> None:
     """Raise AdapterFileError listing every update that has no module, or no bias or frozen weight to change."""
+    there = {module.name for module in module_tree(networks)}
     problems: list[str] = []
     for name, update in updates.items():
-        problem = _problem(networks, name, update)
+        problem = _problem(networks, name, update) if name in there else f"not in the model.{did_you_mean(name, there)}"
         if problem:
             problems.append(f"  {name}: {problem}")
     if problems:
@@ -81,11 +83,7 @@ def _check(networks: Mapping[str, nn.Module], updates: Mapping[str, Update]) -> 
 
 
 def _problem(networks: Mapping[str, nn.Module], name: str, update: Update) -> str:
-    try:
-        base = base_layer(module_at(networks, name))
-    except (AttributeError, KeyError):
-        there = [f"{component}.{inner}" for component, one in networks.items() for inner, _ in one.named_modules()]
-        return f"no such module in the model.{did_you_mean(name, there)}"
+    base = base_layer(module_at(networks, name))
     component, _, inner = name.partition(".")
     trained = {own for weights in record_of(networks[component]).full.values() for own in weights}
     if f"{inner}.weight" in trained:
