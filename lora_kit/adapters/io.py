@@ -11,7 +11,7 @@ from lora_kit.adapters.formats.fit import Split, fit, split
 from lora_kit.adapters.formats.layout import Layout
 from lora_kit.adapters.formats.recognise import recognise
 from lora_kit.adapters.state import AdapterState, weight_modules
-from lora_kit.targeting.plan import ModuleInfo
+from lora_kit.targeting.modules import ModuleInfo
 
 if TYPE_CHECKING:
     from torch import nn

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from lora_kit.merging.stored import StoredTensor, WeightFile
 from lora_kit.models.ldm_keys import claim, structure
-from lora_kit.targeting.plan import ModuleInfo
+from lora_kit.targeting.modules import ModuleInfo
 
 _EMBEDDINGS = ("token_embedding", "position_embedding")
 
