@@ -56,6 +56,10 @@ class Dense(Update):
     def from_parts(cls, parts, alpha, shape):
         raise NotImplementedError
 
+    @property
+    def roundings(self):
+        raise NotImplementedError
+
     def parts(self):
         return {"weight": self.weight}
 
@@ -78,6 +82,10 @@ class Turned(Update):
 
     @classmethod
     def from_parts(cls, parts, alpha, shape):
+        raise NotImplementedError
+
+    @property
+    def roundings(self):
         raise NotImplementedError
 
     def parts(self):

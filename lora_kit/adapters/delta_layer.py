@@ -117,12 +117,17 @@ def exact_arithmetic(device: torch.device) -> Generator[None]:
 
 def _moved(update: Update, device: torch.device) -> Update:
     """The update with its tensors on `device`; itself if they are there."""
+    if all(part.device == device for part in update.parts().values()):
+        return update
     record = cast(Any, update)
-    tensors = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
-    away = {
-        name: part.to(device) for name, part in tensors.items() if isinstance(part, Tensor) and part.device != device
-    }
-    return dataclasses.replace(record, **away) if away else update
+    fields = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+    return dataclasses.replace(record, **{name: _on(value, device) for name, value in fields.items()})
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _on(one, device) for name, one in cast("Mapping[str, Any]", value).items()}
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _stamp(weight: Tensor) -> tuple[Any, ...]:
