@@ -14,6 +14,7 @@ from lora_kit.adapters.layers import LiveLayer, activate, base_layer, live_layer
 from lora_kit.adapters.places import Model, components_of, module_at, put_module
 from lora_kit.adapters.record import adapter_names, forget, record_of, require_unfused, start_record
 from lora_kit.adapters.state import lora_layers
+from lora_kit.adapters.tokens import remove_tokens, require_tokenizer
 from lora_kit.errors import TargetError
 from lora_kit.targeting import TargetPlan
 
@@ -75,6 +76,8 @@ def eject(model: Model, adapter_name: str = "default") -> None:
     components = components_of(model)
     require_unfused(components)
     require_adapter(components, adapter_name)
+    require_tokenizer(model, components, adapter_name)
+    remove_tokens(model, components, adapter_name)
     for name, layer in live_layers(components).items():
         if adapter_name in layer.adapters:
             put_module(components, name, _without(layer, adapter_name))

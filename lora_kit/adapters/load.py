@@ -15,6 +15,7 @@ from lora_kit.adapters.layers import base_layer, live_layer, stacked
 from lora_kit.adapters.places import Model, components_of, module_at, put_module
 from lora_kit.adapters.record import record_of
 from lora_kit.adapters.state import AdapterState, is_plain_lora, lora_layers, plain_lora, plan_for
+from lora_kit.adapters.tokens import add_tokens, check_tokens
 from lora_kit.adapters.updates import LoraUpdate, Update
 from lora_kit.errors import AdapterFileError, did_you_mean
 from lora_kit.targeting import module_tree
@@ -28,7 +29,8 @@ def load_adapter(model: Model, source: Source, adapter_name: str = "default") ->
     model: a diffusers pipeline, a `ModelBundle`, or networks by name. source: a file of any layout that
     `read_adapter` reads, or what it returned, or updates by module name. Plain LoRA becomes PEFT layers in fp32 that
     hold the factors bit for bit; every other method a `DeltaLayer`. `set_scale` sets strengths, `eject` takes the
-    adapter out again. The networks are frozen, components that the adapter does not touch stay as they are.
+    adapter out again. Tokens that were learned with the adapter go into the tokenizer and text encoder, whatever the
+    strength. The networks are frozen, components that the adapter does not touch stay as they are.
 
     Raises AdapterFileError for a file that is damaged or does not fit, TargetError for a name that cannot be had;
     before anything is changed.
@@ -39,12 +41,14 @@ def load_adapter(model: Model, source: Source, adapter_name: str = "default") ->
     plain = plain_lora({name: update for name, update in state.updates.items() if is_plain_lora(update)})
     others = {name: update for name, update in state.updates.items() if name not in plain}
     _check(networks, others)
+    check_tokens(model, networks, state.embeddings)
     _inject(networks, plain, adapter_name)
     for name, update in others.items():
         lora, delta, base = live_layer(module_at(networks, name))
         delta = delta or DeltaLayer(base)
         delta.add(adapter_name, update)
         put_module(networks, name, stacked(lora, delta, base))
+    add_tokens(model, networks, adapter_name, state.embeddings)
     return state
 
 

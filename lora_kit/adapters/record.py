@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,18 @@ class Fused:
 
 
 @dataclass
+class Tokens:
+    """A text encoder's learned tokens, and what it had before them."""
+
+    tokenizer: Any
+    """The base's own."""
+    embedding: nn.Module
+    """The base's own."""
+    learned: dict[str, dict[str, Tensor]] = field(default_factory=dict[str, dict[str, Tensor]])
+    """Adapter → token → its vector [width]."""
+
+
+@dataclass
 class Record:
     """One network's adapters and its state before the first of them."""
 
@@ -37,6 +50,8 @@ class Record:
     """Adapter → name of each parameter it trains whole (as in the bare network) → precision before."""
     fused: Fused | None = None
     """Set while the adapters are fused into the weights."""
+    tokens: Tokens | None = None
+    """Set while an adapter's learned tokens are in; of the text encoder's record alone."""
 
 
 def start_record(network: nn.Module) -> Record:

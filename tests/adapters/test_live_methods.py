@@ -155,7 +155,7 @@ def test_live_is_merged_and_comes_off_again(make: Callable[..., Any], tiny_sd1_f
     if not any(is_plain_lora(update) for update in read.updates.values()):
         assert equal(merged, live) == [True, True], "the same sums in fp32, cast to the same weights"
     for got, expected in zip(live, merged, strict=True):
-        # PEFT sums in another order: at most some hundred terms a layer, some tens of layers: below 2^12 units of 2^-24.
+        # PEFT sums in another order: some hundred terms a layer, some tens of layers; below 2^12 units of 2^-24.
         torch.testing.assert_close(got, expected, rtol=0, atol=float(expected.abs().max()) * 2.0**-12)
 
 
