@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_kit.adapters.state import LoraUpdate
+from lora_kit.adapters.updates import LoraUpdate
 from lora_kit.errors import ModelError, RecipeError
 from lora_kit.merging.extract_source import Parameters, open_parameters
-from lora_kit.merging.lowrank import balanced
-from lora_kit.merging.lowrank_dense import factorise
+from lora_kit.merging.lowrank import Budget
 from lora_kit.merging.lowrank_report import ModuleLoss
+from lora_kit.merging.lowrank_updates import factorised
 from lora_kit.progress import ProgressBar, no_progress
 
 _EMBEDDINGS = (".token_embedding", ".position_embedding")
@@ -26,10 +26,8 @@ SHOWN = 20
 class ExtractOptions:
     """What to keep of the difference."""
 
-    rank: int | None = None
-    """At most this rank. At least one of `rank` and `keep` is given."""
-    keep: float | None = None
-    """The least rank that holds this share of a module's energy."""
+    budget: Budget
+    """Of each module."""
     norms: bool = False
     """Also differences of norm layers, as they are."""
     biases: bool = False
@@ -64,8 +62,6 @@ def extract(base: Path, tuned: Path, options: ExtractOptions, progress: Progress
     up · down itself. Raises RecipeError where nothing differs, ModelError where the two are not of one architecture
     or a difference is not finite.
     """
-    if options.rank is None and options.keep is None:
-        raise RecipeError("extract needs a rank or a share of the energy to keep")
     with open_parameters(base) as first, open_parameters(tuned) as second:
         one_sided = _check(first, second)
         names = [name for name in first.shapes if name in second.shapes]
@@ -97,7 +93,8 @@ class _Work:
         if kind == "matrix":
             module = name.removesuffix(".weight")
             dtype = self.options.dtype or tuned.dtype
-            self.updates[module], loss = _low_rank(module, _difference(name, base, tuned), dtype, self.options)
+            delta = _difference(name, base, tuned)
+            self.updates[module], loss = factorised(module, delta, self.options.budget, dtype, self.options.seed)
             self.losses.append(loss)
         elif (kind == "norm" and self.options.norms) or (kind == "bias" and self.options.biases):
             self.vectors[name] = _difference(name, base, tuned).to(self.options.dtype or tuned.dtype)
@@ -117,23 +114,6 @@ class _Work:
         return Extracted(
             self.updates, self.vectors, tuple(self.losses), self.unchanged, tuple(self.left_out), one_sided
         )
-
-
-def _low_rank(module: str, delta: Tensor, dtype: torch.dtype, options: ExtractOptions) -> tuple[LoraUpdate, ModuleLoss]:
-    """The factors of one difference and what they lose; `delta` (float64) is used up."""
-    matrix = delta.flatten(1)
-    norm = float(matrix.norm())
-    found = factorise(matrix, options.rank, options.keep, options.seed)
-    up, down = balanced(found, dtype)
-    if not (torch.isfinite(up).all() and torch.isfinite(down).all()):
-        raise ModelError(f"{module}: its factors overflow {str(dtype).removeprefix('torch.')}; use --dtype fp32")
-    lost = max(norm**2 - float(found.values.square().sum()), 0.0) ** 0.5
-    error = float(matrix.addmm_(up.double(), down.double(), alpha=-1).norm())
-    rank = len(found.values)
-    update = LoraUpdate(
-        down.reshape(rank, *delta.shape[1:]), up.reshape(*up.shape, *(1 for _ in delta.shape[2:])), float(rank)
-    )
-    return update, ModuleLoss(module, None, rank, norm, lost, error)
 
 
 def _difference(name: str, base: Tensor, tuned: Tensor) -> Tensor:

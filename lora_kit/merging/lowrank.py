@@ -9,13 +9,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lora_kit.errors import RecipeError
+
 Factors = tuple[Tensor, Tensor]
 """(up [out, r], down [r, in])."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How much of a matrix is kept: at least one of the two; with both, the lower rank.
+
+    Raises RecipeError for neither, or values that make no sense.
+    """
+
+    rank: int | None = None
+    keep: float | None = None
+    """Share of the energy Σ σ², above 0 and at most 1."""
+
+    def __post_init__(self) -> None:
+        if self.rank is None and self.keep is None:
+            raise RecipeError("give --rank N, or --keep E with the share of the energy to keep, such as 0.95")
+        if self.rank is not None and self.rank < 1:
+            raise RecipeError(f"--rank: got {self.rank}; allowed: whole numbers from 1 on")
+        if self.keep is not None and not 0 < self.keep <= 1:
+            raise RecipeError(f"--keep: got {self.keep:g}; allowed: a share above 0 and at most 1, such as 0.95")
+
+    def rank_of(self, values: Tensor) -> int:
+        """The rank that a matrix with these singular values gets."""
+        kept = len(values) if self.keep is None else rank_keeping(values, self.keep)
+        return min(kept, len(values) if self.rank is None else self.rank)
 
 
 class Decomposed(NamedTuple):

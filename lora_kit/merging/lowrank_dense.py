@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_kit.merging.lowrank import Decomposed, rank_keeping, truncate
+from lora_kit.merging.lowrank import Budget, Decomposed, rank_keeping, truncate
 
 OVERSAMPLING = 10
 POWER_ITERATIONS = 3
@@ -37,19 +37,19 @@ def thin_svd(matrix: Tensor) -> Decomposed:
     return Decomposed(*torch.linalg.svd(matrix.double(), full_matrices=False))
 
 
-def factorise(matrix: Tensor, rank: int | None = None, keep: float | None = None, seed: int = 0) -> Decomposed:
-    """The leading triples of a dense matrix: `rank` of them, or as few as hold `keep` of its energy.
+def factorise(matrix: Tensor, budget: Budget, seed: int = 0) -> Decomposed:
+    """The leading singular triples of a dense matrix, as many as the budget allows.
 
     Exact (thin SVD) where the smaller side is short or most of the triples are wanted; else randomised, its sketch
     doubled until it holds `keep`.
     """
-    smaller = min(matrix.shape)
-    if keep is None:
+    smaller, rank = min(matrix.shape), budget.rank
+    if budget.keep is None:
         assert rank is not None, "one of rank and keep decides"
         exact = smaller <= THIN_BELOW or 4 * (rank + OVERSAMPLING) > smaller
         return truncate(thin_svd(matrix), rank) if exact else randomised_svd(matrix, rank, seed)
     limit = smaller if rank is None else min(rank, smaller)
-    return _holding(matrix, keep, limit, seed)
+    return _holding(matrix, budget.keep, limit, seed)
 
 
 def _holding(matrix: Tensor, keep: float, limit: int, seed: int) -> Decomposed:

@@ -135,7 +135,7 @@ def test_the_randomised_svd_is_exact_on_a_matrix_of_low_rank() -> None:
 def test_factorise_holds_the_energy_that_was_asked_with_no_rank_to_spare(out: int, inside: int, keep: float) -> None:
     matrix = decaying(min(out, inside), max(out, inside), 1.0)
     matrix = matrix if out < inside else matrix.T
-    found = lowrank_dense.factorise(matrix, keep=keep)
+    found = lowrank_dense.factorise(matrix, lowrank.Budget(keep=keep))
     energy = torch.arange(1, min(out, inside) + 1).double() ** -2
     least = int((energy.cumsum(0) < keep * energy.sum()).sum()) + 1
     assert least <= len(found.values) <= least + 1
@@ -143,5 +143,5 @@ def test_factorise_holds_the_energy_that_was_asked_with_no_rank_to_spare(out: in
 
 
 def test_factorise_keeps_a_rank_bound_beside_the_energy() -> None:
-    found = lowrank_dense.factorise(decaying(300, 400, 0.5), rank=5, keep=0.999)
+    found = lowrank_dense.factorise(decaying(300, 400, 0.5), lowrank.Budget(rank=5, keep=0.999))
     assert len(found.values) == 5
