@@ -34,7 +34,9 @@ def read_raw(path: Path) -> RawAdapter:
 
 
 def read_adapter(path: Path, components: Mapping[str, nn.Module]) -> AdapterState:
-    """The adapter under the dotted names of `components` (which may lie on the meta device), fp32 on the CPU.
+    """The adapter under the dotted names of `components` (which may lie on the meta device).
+
+    Tensors keep the precision they are stored in; they lie on the CPU.
 
     Raises one AdapterFileError with everything that does not fit: unknown keys, missing halves, wrong shapes,
     NaN or infinite values. Never returns part of a file.
