@@ -52,6 +52,8 @@ class Extracted(NamedTuple):
     """Changed parameters that were not asked for, or that no adapter file can hold (embeddings)."""
     one_sided: tuple[str, ...]
     """Components that only one of the two holds: not compared."""
+    family: str
+    """`sd1` or `sd2`, by the shapes; empty for other sizes."""
 
 
 def extract(base: Path, tuned: Path, options: ExtractOptions, progress: ProgressBar = no_progress) -> Extracted:
@@ -63,12 +65,12 @@ def extract(base: Path, tuned: Path, options: ExtractOptions, progress: Progress
     or a difference is not finite.
     """
     with open_parameters(base) as first, open_parameters(tuned) as second:
-        one_sided = _check(first, second)
+        one_sided, family = _check(first, second), _family(first)
         names = [name for name in first.shapes if name in second.shapes]
         work = _Work(options, {name.rpartition(".")[0]: first.shapes[name] for name in names if _is_weight(name)})
         for name in progress(names, "comparing", len(names)):
             work.add(name, first.read(name), second.read(name))
-    found = work.result(one_sided)
+    found = work.result(one_sided, family)
     if not found.updates and not found.vectors:
         raise RecipeError(f"{tuned} has nothing that an adapter could hold: {_nothing(found)}")
     return found
@@ -110,10 +112,9 @@ class _Work:
             return "norm"
         return "bias" if kind == "bias" else "matrix"
 
-    def result(self, one_sided: tuple[str, ...]) -> Extracted:
-        return Extracted(
-            self.updates, self.vectors, tuple(self.losses), self.unchanged, tuple(self.left_out), one_sided
-        )
+    def result(self, one_sided: tuple[str, ...], family: str) -> Extracted:
+        gathered = self.updates, self.vectors, tuple(self.losses), self.unchanged, tuple(self.left_out)
+        return Extracted(*gathered, one_sided, family)
 
 
 def _difference(name: str, base: Tensor, tuned: Tensor) -> Tensor:
@@ -152,6 +153,12 @@ def _check(base: Parameters, tuned: Parameters) -> tuple[str, ...]:
     if problems or not shared:
         raise ModelError(_message(base, tuned, problems or ["they have no component in common"]))
     return tuple(sorted(sides[0] ^ sides[1]))
+
+
+def _family(parameters: Parameters) -> str:
+    """By the middle block's width and what its cross-attention reads: CLIP's 768 or OpenCLIP's 1024."""
+    shape = parameters.shapes.get("unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight")
+    return {(1280, 768): "sd1", (1280, 1024): "sd2"}.get(shape or (), "")
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:

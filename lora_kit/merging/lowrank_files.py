@@ -41,7 +41,7 @@ def open_adapters(paths: Sequence[Path], base: str | None = None) -> list[Opened
     """
     raws = {path: read_raw(path) for path in paths}
     trees = _trees(base)
-    fitting = {path: _fitting(path, raw, trees) for path, raw in raws.items()}
+    fitting = {path: _states(path, raw, trees) for path, raw in raws.items()}
     common = [name for name in trees if all(name in states for states in fitting.values())]
     if not common:
         told = "; ".join(f"{path} belongs to {' or '.join(states)}" for path, states in fitting.items())
@@ -60,28 +60,40 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def fitting_bases(path: Path, raw: RawAdapter, base: str | None = None) -> dict[str, AdapterState]:
+    """Name of a base → the file under its dotted names, for every known base (or `base` alone) that it fits."""
+    return _fitting(path, raw, _trees(base)).states
+
+
+class _Fitting(NamedTuple):
+    states: dict[str, AdapterState]
+    errors: dict[str, AdapterFileError]
+
+
 def _trees(base: str | None) -> dict[str, tuple[ModuleInfo, ...]]:
     return known_trees() if base is None else {base: tuple(read_outline(ModelSection(base=base)).tree)}
 
 
-def _fitting(path: Path, raw: RawAdapter, trees: Mapping[str, Sequence[ModuleInfo]]) -> dict[str, AdapterState]:
-    """Name of a base → the file under its names, for every base that it fits.
-
-    Raises what the best fitting base says of the file if it fits none.
-    """
-    found: dict[str, AdapterState] = {}
-    problems: dict[str, AdapterFileError] = {}
+def _fitting(path: Path, raw: RawAdapter, trees: Mapping[str, Sequence[ModuleInfo]]) -> _Fitting:
+    states: dict[str, AdapterState] = {}
+    errors: dict[str, AdapterFileError] = {}
     for name, tree in trees.items():
         modules = {module.name: module for module in tree if module.kind != "other"}
         try:
-            found[name] = AdapterState(fit(path, raw.layout, raw.parts, modules), raw.metadata)
+            states[name] = AdapterState(fit(path, raw.layout, raw.parts, modules), raw.metadata)
         except AdapterFileError as error:
-            problems[name] = error
-    if found:
-        return found
-    nearest = min(problems, key=lambda name: str(problems[name]).count("\n"))
+            errors[name] = error
+    return _Fitting(states, errors)
+
+
+def _states(path: Path, raw: RawAdapter, trees: Mapping[str, Sequence[ModuleInfo]]) -> dict[str, AdapterState]:
+    """`_fitting`, raising what the nearest base says of the file if it fits none."""
+    found = _fitting(path, raw, trees)
+    if found.states:
+        return found.states
+    nearest = min(found.errors, key=lambda name: str(found.errors[name]).count("\n"))
     if len(trees) == 1:
-        raise problems[nearest]
+        raise found.errors[nearest]
     raise AdapterFileError(
-        f"{problems[nearest]}\n(tried {', '.join(trees)}; this is what {nearest} says. --base names another base)"
+        f"{found.errors[nearest]}\n(tried {', '.join(trees)}; this is what {nearest} says. --base names another base)"
     )

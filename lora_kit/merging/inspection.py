@@ -1,0 +1,63 @@
+"""Everything that can be told about an adapter file."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+from lora_kit.adapters.formats.header import family_of
+from lora_kit.adapters.io import read_raw
+from lora_kit.merging.lowrank_files import fitting_bases
+from lora_kit.merging.lowrank_updates import Weights
+from lora_kit.merging.spectrum import BlockNorm, UpdateSpectrum, block_norms, built_updates, spectrum
+
+
+class Inspection(NamedTuple):
+    """What an adapter file holds."""
+
+    path: Path
+    layout: str
+    family: str | None
+    """What the header says of the base."""
+    fits: tuple[str, ...]
+    """Known bases whose names and shapes the file fits."""
+    spectra: tuple[UpdateSpectrum, ...]
+    """In the base's order if one fits, else by the file's spelling."""
+    blocks: tuple[BlockNorm, ...]
+    embeddings: dict[str, tuple[int, ...]]
+    """Learned token → shape."""
+    unknown: tuple[str, ...]
+    """Keys that are no part of an update."""
+    metadata: dict[str, str]
+
+    @property
+    def norm(self) -> float:
+        """√Σ ‖ΔW‖² over all modules that were looked at."""
+        return math.hypot(*(one.norm for one in self.spectra if one.norm is not None))
+
+
+def inspect_file(
+    path: Path, base: str | None = None, dense: bool = False, weights: Weights | None = None
+) -> Inspection:
+    """Look at a file, whether or not a known base fits it.
+
+    dense: also look at methods without factors, through ΔW itself; `weights` are the base's, for those that need it.
+    Raises AdapterFileError for a file that is damaged, of an unknown layout, or holds updates that make no sense.
+    """
+    raw = read_raw(path)
+    fitting = fitting_bases(path, raw, base)
+    updates = next(iter(fitting.values())).updates if fitting else built_updates(raw.parts.updates)
+    spectra = [spectrum(name, update, dense, weights) for name, update in updates.items()]
+    embeddings = getattr(raw, "embeddings", {})
+    return Inspection(
+        path,
+        raw.layout.name,
+        family_of(raw.metadata),
+        tuple(fitting),
+        tuple(spectra),
+        tuple(block_norms(spectra)),
+        {token: tuple(tensor.shape) for token, tensor in embeddings.items()},
+        raw.parts.unknown,
+        raw.metadata,
+    )
