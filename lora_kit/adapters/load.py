@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lora_kit.adapters.inject import inject
+from lora_kit.adapters.injection import inject
 from lora_kit.adapters.state import lora_layers, plain_lora, plan_for
 from lora_kit.adapters.updates import Update
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from lora_kit.adapters.inject import require_adapter
+from lora_kit.adapters.injection import require_adapter
 from lora_kit.adapters.layers import activate
 from lora_kit.adapters.record import adapter_names, record_of
 from lora_kit.adapters.state import lora_layers

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from lora_kit.adapters.inject import eject, inject, trainable_parameters
+from lora_kit.adapters.injection import eject, inject, trainable_parameters
 from lora_kit.adapters.scaling import set_scales
 from lora_kit.adapters.state import lora_layers
 from lora_kit.errors import TargetError
