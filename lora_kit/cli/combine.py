@@ -46,8 +46,7 @@ def command(
     )
     opened = open_adapters([option.path for option in wanted], base)
     pairs = [(one.state, option.scale) for one, option in zip(opened, wanted, strict=True)]
-    with base_weights(base) as weights:
-        combined = combine(pairs, options, weights, progress)
+    combined = combine(pairs, options, base_weights(base), progress)
     sources = [
         {"file": one.path.name, "sha256": one.sha256, "weight": option.scale}
         for one, option in zip(opened, wanted, strict=True)

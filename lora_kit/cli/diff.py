@@ -27,8 +27,7 @@ def command(
     from lora_kit.merging.lowrank_files import open_adapters
 
     opened = open_adapters([first, second], base)
-    with base_weights(base) as weights:
-        found = compare_adapters(opened[0].state, opened[-1].state, weights)
+    found = compare_adapters(opened[0].state, opened[-1].state, base_weights(base))
     if as_json:
         typer.echo(json.dumps(_document(found), indent=2, ensure_ascii=False))
     else:

@@ -35,8 +35,7 @@ def command(
     from lora_kit.cli.ranks import base_weights
     from lora_kit.merging.inspection import inspect_file
 
-    with base_weights(base) as weights:
-        found = inspect_file(file, base, dense, weights)
+    found = inspect_file(file, base, dense, base_weights(base))
     if plot is not None:
         from lora_kit.merging.plot import draw_inspection
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import typer
@@ -32,20 +31,18 @@ def tell(losses: Sequence[ModuleLoss], notes: Sequence[str], out: Path, as_json:
     typer.echo("\n".join([*(loss_lines(losses) if losses else []), *notes, f"wrote {out}"]))
 
 
-@contextmanager
-def base_weights(base: str | None) -> Generator[Weights | None]:
-    """Weights of a base by module name, read one at a time; None without a base."""
+def base_weights(base: str | None) -> Weights | None:
+    """Weights of a base by module name, each mapped when it is asked for; None without a base."""
     if base is None:
-        yield None
-        return
-    with open_parameters(base_path(base)) as parameters:
+        return None
+    parameters = open_parameters(base_path(base))
 
-        def weight(name: str) -> Tensor:
-            if f"{name}.weight" not in parameters.shapes:
-                raise AdapterFileError(f"{name}: {base} has no such weight")
-            return parameters.read(f"{name}.weight")
+    def weight(name: str) -> Tensor:
+        if f"{name}.weight" not in parameters.shapes:
+            raise AdapterFileError(f"{name}: {base} has no such weight")
+        return parameters.read(f"{name}.weight")
 
-        yield weight
+    return weight
 
 
 def base_path(base: str) -> Path:

@@ -80,10 +80,10 @@ def compare_adapters(first: AdapterState, second: AdapterState, weights: Weights
 
 
 def _pair(name: str, first: Update, second: Update, weights: Weights | None) -> ModulePair:
-    factors = [None if update.needs_weight else factors_of(update) for update in (first, second)]
-    if factors[0] is not None and factors[1] is not None:
-        norms = lowrank.norm(factors[0]), lowrank.norm(factors[1])
-        return ModulePair(name, *norms, lowrank.inner(*factors), lowrank.distance(*factors))
+    one, other = (None if update.needs_weight else factors_of(update) for update in (first, second))
+    if one is not None and other is not None:
+        norms = lowrank.norm(one), lowrank.norm(other)
+        return ModulePair(name, *norms, lowrank.inner(one, other), lowrank.distance(one, other))
     deltas: list[Tensor] = [delta_of(name, update, weights) for update in (first, second)]
     inner = float((deltas[0] * deltas[1]).sum())
     return ModulePair(

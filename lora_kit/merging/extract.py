@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_kit.adapters.updates import LoraUpdate
+from lora_kit.adapters.updates import Update
 from lora_kit.errors import ModelError, RecipeError
 from lora_kit.merging.extract_source import Parameters, open_parameters
 from lora_kit.merging.lowrank import Budget
@@ -41,7 +41,7 @@ class ExtractOptions:
 class Extracted(NamedTuple):
     """What was found."""
 
-    updates: dict[str, LoraUpdate]
+    updates: dict[str, Update]
     """Dotted module name → its update, alpha = rank."""
     vectors: dict[str, Tensor]
     """Dotted parameter name (`unet.….norm1.weight`) → difference of a norm or bias that was asked for."""
@@ -64,13 +64,14 @@ def extract(base: Path, tuned: Path, options: ExtractOptions, progress: Progress
     up · down itself. Raises RecipeError where nothing differs, ModelError where the two are not of one architecture
     or a difference is not finite.
     """
-    with open_parameters(base) as first, open_parameters(tuned) as second:
-        one_sided, family = _check(first, second), _family(first)
-        names = [name for name in first.shapes if name in second.shapes]
-        work = _Work(options, {name.rpartition(".")[0]: first.shapes[name] for name in names if _is_weight(name)})
-        for name in progress(names, "comparing", len(names)):
-            work.add(name, first.read(name), second.read(name))
-    found = work.result(one_sided, family)
+    first, second = open_parameters(base), open_parameters(tuned)
+    one_sided = _check(first, second)
+    names = [name for name in first.shapes if name in second.shapes]
+    shapes = {name.removesuffix(".weight"): first.shapes[name] for name in names if name.endswith(".weight")}
+    work = _Work(options, shapes)
+    for name in progress(names, "comparing", len(names)):
+        work.add(name, first.read(name), second.read(name))
+    found = work.result(one_sided, first.family)
     if not found.updates and not found.vectors:
         raise RecipeError(f"{tuned} has nothing that an adapter could hold: {_nothing(found)}")
     return found
@@ -81,7 +82,7 @@ class _Work:
 
     def __init__(self, options: ExtractOptions, weights: Mapping[str, tuple[int, ...]]) -> None:
         self.options, self.weights = options, weights
-        self.updates: dict[str, LoraUpdate] = {}
+        self.updates: dict[str, Update] = {}
         self.vectors: dict[str, Tensor] = {}
         self.losses: list[ModuleLoss] = []
         self.left_out: list[str] = []
@@ -135,10 +136,6 @@ def _equal(base: Tensor, tuned: Tensor) -> bool:
     )
 
 
-def _is_weight(name: str) -> bool:
-    return name.endswith(".weight")
-
-
 def _check(base: Parameters, tuned: Parameters) -> tuple[str, ...]:
     """Components that only one side has. Raises ModelError where the shared ones differ in names or shapes."""
     sides = [{name.partition(".")[0] for name in one.shapes} for one in (base, tuned)]
@@ -153,12 +150,6 @@ def _check(base: Parameters, tuned: Parameters) -> tuple[str, ...]:
     if problems or not shared:
         raise ModelError(_message(base, tuned, problems or ["they have no component in common"]))
     return tuple(sorted(sides[0] ^ sides[1]))
-
-
-def _family(parameters: Parameters) -> str:
-    """By the middle block's width and what its cross-attention reads: CLIP's 768 or OpenCLIP's 1024."""
-    shape = parameters.shapes.get("unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight")
-    return {(1280, 768): "sd1", (1280, 1024): "sd2"}.get(shape or (), "")
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:

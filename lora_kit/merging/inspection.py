@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_kit.adapters.formats.header import family_of
+from lora_kit.adapters.formats.family import family_of
 from lora_kit.adapters.io import read_raw
 from lora_kit.merging.lowrank_files import fitting_bases
 from lora_kit.merging.lowrank_updates import Weights

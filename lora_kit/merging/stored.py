@@ -98,7 +98,9 @@ def open_safetensors(path: Path) -> WeightFile:
         end = start + stop
     if end != size:
         raise damaged(path, f"its header tells of {end:,} bytes")
-    storage: Any = torch.UntypedStorage.from_file(str(path), False, size)  # private pages: a write cannot reach the file
+    storage: Any = torch.UntypedStorage.from_file(
+        str(path), False, size
+    )  # private pages: a write cannot reach the file
     pages = torch.empty(0, dtype=torch.uint8).set_(storage)
     begins = {tensor.key: start + begin for tensor, begin, _ in places}
     tensors = {tensor.key: tensor for tensor, _, _ in places}
