@@ -60,7 +60,7 @@ def _lines(first: Path, second: Path, layouts: Sequence[str], found: Comparison)
             lines.append(f"… and {len(found.pairs) - len(shown)} more (--json shows all)")
         lines.append(_line(found.shared, width))
     lines.append(
-        f"{len(found.pairs)} modules in both, {len(found.only_first)} only in A, {len(found.only_second)} in B"
+        f"{len(found.pairs)} modules in both, {len(found.only_first)} only in A, {len(found.only_second)} only in B"
     )
     lines += _listed("only in A", found.only_first) + _listed("only in B", found.only_second)
     return lines + _listed("not compared", [f"{name}: {why}" for name, why in found.not_compared.items()])
