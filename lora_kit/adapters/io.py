@@ -10,7 +10,7 @@ from lora_kit.adapters.formats.container import read_safetensors
 from lora_kit.adapters.formats.fit import Split, fit, split
 from lora_kit.adapters.formats.layout import Layout
 from lora_kit.adapters.formats.recognise import recognise
-from lora_kit.adapters.state import AdapterState, weight_modules
+from lora_kit.adapters.state import AdapterState, adaptable_modules
 from lora_kit.targeting.plan import ModuleInfo
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def read_adapter(path: Path, components: Mapping[str, nn.Module]) -> AdapterStat
     Raises one AdapterFileError with everything that does not fit: unknown keys, missing halves, wrong shapes,
     NaN or infinite values. Never returns part of a file.
     """
-    return fit_adapter(path, weight_modules(components))
+    return fit_adapter(path, adaptable_modules(components))
 
 
 def fit_adapter(path: Path, modules: Mapping[str, ModuleInfo]) -> AdapterState:

@@ -29,6 +29,11 @@ def weight_modules(components: Mapping[str, nn.Module]) -> dict[str, ModuleInfo]
     return {module.name: module for module in module_tree(components) if module.kind != "other"}
 
 
+def adaptable_modules(components: Mapping[str, nn.Module]) -> dict[str, ModuleInfo]:
+    """Every module with a weight by dotted name, norms too, as if nothing were injected: what a file may change."""
+    return {module.name: module for module in module_tree(components)}
+
+
 def lora_layers(components: Mapping[str, nn.Module], adapter_name: str) -> dict[str, LoraLayer]:
     """The injected layers that hold `adapter_name`, by dotted name, in the module tree's order."""
     from peft.tuners.lora import LoraLayer  # here: PEFT takes seconds to import, and files need none of it
