@@ -17,6 +17,8 @@ from lora_kit.merging.lowrank import Budget, Factors, decompose, distance, dropp
 from lora_kit.merging.lowrank_report import ModuleLoss
 from lora_kit.merging.lowrank_updates import (
     Weights,
+    bias_of,
+    changes_weight,
     delta_of,
     factorised,
     factors_of,
@@ -25,6 +27,7 @@ from lora_kit.merging.lowrank_updates import (
     method_name,
     required_factors,
     weight_shape,
+    with_bias,
 )
 from lora_kit.progress import ProgressBar, no_progress
 
@@ -78,7 +81,8 @@ def combine(
     """One adapter that does what `adapters` do together, each ΔW (at strength 1) times its weight.
 
     Low-rank updates are summed by their factors; modules where some update has none are made dense, one at a time,
-    and factorised. Norm layers and full differences, where all adapters have such, are summed as they are.
+    and factorised. Norm layers and full differences, where all adapters have such, are summed as they are; so are
+    differences of biases.
     weights: the base's, for updates whose ΔW depends on them.
     Raises AdapterFileError listing every module that cannot be combined as asked.
     """
@@ -119,17 +123,11 @@ def _problem(group: Sequence[_Term], options: CombineOptions, weights: Weights |
     kinds = ", ".join(sorted({method_name(term.update) for term in group}))
     if weights is None and any(term.update.needs_weight for term in group):
         return f"ΔW of {kinds} depends on the base's weight; name the base with --base"
-    if any(term.update.method == "norm" for term in group):
-        return f"{kinds} do not go together"
-    if not all(term.update.needs_weight for term in group) and any(_changes_bias(term.update) for term in group):
-        return f"{kinds}: a low-rank update cannot hold the bias's difference"
-    if options.budget is None and any(factors_of(term.update) is None for term in group):
+    if options.budget is None and any(
+        changes_weight(term.update) and (term.update.needs_weight or factors_of(term.update) is None) for term in group
+    ):
         return f"{kinds} has no exact low-rank form; give --rank N or --keep E"
     return None
-
-
-def _changes_bias(update: Update) -> bool:
-    return not update.needs_weight and update.bias_delta(1.0) is not None
 
 
 def _is_plain_sum(group: Sequence[_Term]) -> bool:
@@ -153,12 +151,14 @@ def _combined(
     name: str, group: Sequence[_Term], options: CombineOptions, weights: Weights | None
 ) -> tuple[LoraUpdate, ModuleLoss]:
     dtype = options.dtype or _widest([term.update for term in group])
-    low_rank = not any(term.update.needs_weight or factors_of(term.update) is None for term in group)
+    moving = [term for term in group if changes_weight(term.update)]
+    low_rank = not any(term.update.needs_weight or factors_of(term.update) is None for term in moving)
     if low_rank and options.method in ("concat", "svd"):
-        return _by_factors(name, group, options.budget, dtype)
-    assert options.budget is not None, "only a concatenation does without"
-    merged = _merged(name, group, options, weights)
-    return factorised(name, merged, options.budget, dtype, options.seed)
+        update, loss = _by_factors(name, moving, options.budget, dtype)
+    else:
+        assert options.budget is not None, "only a concatenation does without"
+        update, loss = factorised(name, _merged(name, moving, options, weights), options.budget, dtype, options.seed)
+    return with_bias(update, [bias_of(term.update, term.weight) for term in group], dtype), loss
 
 
 def _by_factors(
@@ -184,7 +184,7 @@ def _strengths(group: Sequence[_Term]) -> tuple[list[float], list[Factors], tupl
     pairs: list[Factors] = []
     for term in group:
         update = term.update
-        if isinstance(update, LoraUpdate) and set(update.parts()) == {"down", "up"}:
+        if isinstance(update, LoraUpdate) and update.mid is None:
             strengths.append(term.weight * update.alpha / update.rank)
             pairs.append((update.up.double().flatten(1), update.down.double().flatten(1)))
         else:

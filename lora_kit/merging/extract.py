@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lora_kit.adapters.updates import Update
+from lora_kit.adapters.updates import FullUpdate, LoraUpdate, NormUpdate, Update
 from lora_kit.errors import ModelError, RecipeError
 from lora_kit.merging.extract_source import Parameters, open_parameters
 from lora_kit.merging.lowrank import Budget
@@ -42,9 +42,7 @@ class Extracted(NamedTuple):
     """What was found."""
 
     updates: dict[str, Update]
-    """Dotted module name → its update, alpha = rank."""
-    vectors: dict[str, Tensor]
-    """Dotted parameter name (`unet.….norm1.weight`) → difference of a norm or bias that was asked for."""
+    """Dotted module name → its update: LoRA with alpha = rank, `norm`, or `full` of a bias alone."""
     losses: tuple[ModuleLoss, ...]
     unchanged: int
     """Parameters that are equal in both, up to the cast to the narrower dtype."""
@@ -72,7 +70,7 @@ def extract(base: Path, tuned: Path, options: ExtractOptions, progress: Progress
     for name in progress(names, "comparing", len(names)):
         work.add(name, first.read(name), second.read(name))
     found = work.result(one_sided, first.family)
-    if not found.updates and not found.vectors:
+    if not found.updates:
         raise RecipeError(f"{tuned} has nothing that an adapter could hold: {_nothing(found)}")
     return found
 
@@ -83,7 +81,8 @@ class _Work:
     def __init__(self, options: ExtractOptions, weights: Mapping[str, tuple[int, ...]]) -> None:
         self.options, self.weights = options, weights
         self.updates: dict[str, Update] = {}
-        self.vectors: dict[str, Tensor] = {}
+        self.vectors: dict[str, dict[str, Tensor]] = {}
+        """Module → `weight` and `bias` of a norm, `bias` of any other."""
         self.losses: list[ModuleLoss] = []
         self.left_out: list[str] = []
         self.unchanged = 0
@@ -100,7 +99,9 @@ class _Work:
             self.updates[module], loss = factorised(module, delta, self.options.budget, dtype, self.options.seed)
             self.losses.append(loss)
         elif (kind == "norm" and self.options.norms) or (kind == "bias" and self.options.biases):
-            self.vectors[name] = _difference(name, base, tuned).to(self.options.dtype or tuned.dtype)
+            module, _, part = name.rpartition(".")
+            delta = _difference(name, base, tuned).to(self.options.dtype or tuned.dtype)
+            self.vectors.setdefault(module, {})[part] = delta
         else:
             self.left_out.append(name)
 
@@ -114,8 +115,20 @@ class _Work:
         return "bias" if kind == "bias" else "matrix"
 
     def result(self, one_sided: tuple[str, ...], family: str) -> Extracted:
-        gathered = self.updates, self.vectors, tuple(self.losses), self.unchanged, tuple(self.left_out)
+        for module, parts in self.vectors.items():
+            self.updates[module] = _with_vectors(self.updates.get(module), parts, len(self.weights[module]) == 1)
+        updates = {module: self.updates[module] for module in self.weights if module in self.updates}
+        gathered = updates, tuple(self.losses), self.unchanged, tuple(self.left_out)
         return Extracted(*gathered, one_sided, family)
+
+
+def _with_vectors(update: Update | None, parts: Mapping[str, Tensor], norm: bool) -> Update:
+    """The update with differences of vectors: LyCORIS's `norm`, a LoRA's `diff_b`, or `full` with `diff_b` alone."""
+    if norm:
+        some = next(iter(parts.values()))
+        return NormUpdate(parts.get("weight", torch.zeros_like(some)), parts.get("bias"))
+    bias = parts["bias"]
+    return replace(update, bias=bias) if isinstance(update, LoraUpdate) else FullUpdate(None, bias)
 
 
 def _difference(name: str, base: Tensor, tuned: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ def _fitting(path: Path, raw: RawAdapter, trees: Mapping[str, Sequence[ModuleInf
     states: dict[str, AdapterState] = {}
     errors: dict[str, AdapterFileError] = {}
     for name, tree in trees.items():
-        modules = {module.name: module for module in tree if module.kind != "other"}
+        modules = {module.name: module for module in tree}
         try:
             states[name] = AdapterState(fit(path, raw.layout, raw.parts, modules), raw.metadata)
         except AdapterFileError as error:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from lora_kit.adapters.updates import LoraUpdate, Update
+from lora_kit.adapters.updates import FullUpdate, LoraUpdate, Update
 from lora_kit.errors import AdapterFileError
 from lora_kit.merging.lowrank import Budget, Decomposed, Factors, balanced
 from lora_kit.merging.lowrank_dense import factorise
@@ -36,9 +37,28 @@ def delta_of(name: str, update: Update, weights: Weights | None) -> Tensor:
     return delta
 
 
+def changes_weight(update: Update) -> bool:
+    """Whether there is a ΔW at all: a full difference may be of the bias alone."""
+    return not (isinstance(update, FullUpdate) and update.diff is None)
+
+
+def with_bias(update: LoraUpdate, biases: Sequence[Tensor | None], dtype: torch.dtype) -> LoraUpdate:
+    """The update with the sum of those differences of the bias (`diff_b`); as it is where there are none."""
+    found = [bias for bias in biases if bias is not None]
+    return replace(update, bias=torch.stack(found).sum(dim=0).to(dtype)) if found else update
+
+
+def bias_of(update: Update, weight: float = 1.0) -> Tensor | None:
+    """weight · Δbias at strength 1 in float64; None where the bias stays."""
+    delta = update.bias_delta(1.0, None, torch.float64)
+    return None if delta is None else weight * delta
+
+
 def method_name(update: Update) -> str:
-    """`lora`, `dora` (LoRA with a magnitude), `loha` …"""
-    return "dora" if "magnitude" in update.parts() and update.method == "lora" else update.method
+    """`lora`, `dora` (LoRA with a magnitude), `loha`, `loha with magnitude` …"""
+    if "magnitude" not in update.parts():
+        return update.method
+    return "dora" if update.method == "lora" else f"{update.method} with magnitude"
 
 
 def required_factors(update: Update) -> Factors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,8 @@ from lora_kit.errors import AdapterFileError
 from lora_kit.merging.lowrank import Budget, decompose, distance, dropped_norm, truncate
 from lora_kit.merging.lowrank_report import ModuleLoss
 from lora_kit.merging.lowrank_updates import (
+    bias_of,
+    changes_weight,
     delta_of,
     factorised,
     factors_of,
@@ -19,6 +22,7 @@ from lora_kit.merging.lowrank_updates import (
     method_name,
     required_factors,
     weight_shape,
+    with_bias,
 )
 from lora_kit.progress import ProgressBar, no_progress
 
@@ -31,7 +35,8 @@ class Resized(NamedTuple):
     updates: dict[str, Update]
     losses: tuple[ModuleLoss, ...]
     kept: tuple[str, ...]
-    """Modules that stay as they are: plain LoRA within the budget already, and norm layers, which have no rank."""
+    """Modules that stay as they are: plain LoRA within the budget already; norm layers and differences of a bias
+    alone, which have no rank."""
 
 
 def resize(
@@ -46,16 +51,17 @@ def resize(
     factors. Any method whose ΔW is told by the file alone can be resized (LoCon, LoHa, LoKr; LoKr and full
     differences are made dense, one at a time).
 
+    A difference of the bias beside it goes along as it is.
+
     Raises AdapterFileError naming every module that cannot: DoRA, OFT, BOFT, GLoRA and IA3 scale or turn the base's
-    weight, so their ΔW has no rank of its own to cut and its error would depend on the base; and a difference of a
-    bias has no place in a low-rank update.
+    weight, so their ΔW has no rank of its own to cut and its error would depend on the base.
     """
     _check(updates)
     found: dict[str, Update] = {}
     losses: list[ModuleLoss] = []
     kept: list[str] = []
     for name, update in progress(list(updates.items()), "resizing", len(updates)):
-        if update.method == "norm":
+        if update.method == "norm" or not changes_weight(update):
             found[name] = update
             kept.append(name)
             continue
@@ -73,8 +79,6 @@ def _check(updates: Mapping[str, Update]) -> None:
             problems.append(
                 f"{name}: ΔW of {method_name(update)} depends on the base's weight, so it has no rank to cut"
             )
-        elif update.method != "norm" and update.bias_delta(1.0) is not None:
-            problems.append(f"{name}: {method_name(update)} changes the bias too, which a low-rank update cannot hold")
     if problems:
         more = [f"… and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
         listed = "\n  ".join([*problems[:SHOWN], *more])
@@ -85,7 +89,8 @@ def _resized(name: str, update: Update, budget: Budget, dtype: torch.dtype | Non
     factors = factors_of(update)
     target = dtype or update.dtype
     if factors is None:
-        return factorised(name, delta_of(name, update, None), budget, target)
+        small, loss = factorised(name, delta_of(name, update, None), budget, target)
+        return with_bias(small, [bias_of(update)], target), loss
     matrix = decompose(factors)
     norm = float(matrix.values.norm())
     rank = budget.rank_of(matrix.values)
@@ -94,13 +99,16 @@ def _resized(name: str, update: Update, budget: Budget, dtype: torch.dtype | Non
         return _cast(update, target), ModuleLoss(name, old_rank, update.rank, norm, 0.0, _cast_error(update, target))
     small = lora_update(truncate(matrix, rank), weight_shape(update), target, name)
     error = distance(factors, required_factors(small))
-    return small, ModuleLoss(name, old_rank, small.rank, norm, dropped_norm(matrix.values, rank), error)
+    return with_bias(small, [bias_of(update)], target), ModuleLoss(
+        name, old_rank, small.rank, norm, dropped_norm(matrix.values, rank), error
+    )
 
 
 def _cast(update: LoraUpdate, dtype: torch.dtype) -> LoraUpdate:
     if update.dtype == dtype:
         return update
-    return LoraUpdate(update.down.to(dtype), update.up.to(dtype), update.alpha)
+    bias = None if update.bias is None else update.bias.to(dtype)
+    return replace(update, down=update.down.to(dtype), up=update.up.to(dtype), bias=bias)
 
 
 def _cast_error(update: LoraUpdate, dtype: torch.dtype) -> float:
