@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from lora_kit.adapters.state import AdapterState
 from lora_kit.adapters.updates import Update
 from lora_kit.errors import AdapterFileError
 from lora_kit.merging import lowrank
-from lora_kit.merging.lowrank_updates import Weights, delta_of, factors_of
+from lora_kit.merging.lowrank_updates import Weights, bias_of, changes_weight, delta_of, factors_of
 
 
 class ModulePair(NamedTuple):
     """One module that both adapters change."""
 
     module: str
+    """Dotted name; with ` (bias)` after it, the pair is of the bias."""
     first_norm: float
     """‖ΔW‖ of the first adapter."""
     second_norm: float
@@ -68,7 +71,7 @@ def compare_adapters(first: AdapterState, second: AdapterState, weights: Weights
     not_compared: dict[str, str] = {}
     for name in (name for name in first.updates if name in second.updates):
         try:
-            pairs.append(_pair(name, first.updates[name], second.updates[name], weights))
+            pairs += _pairs(name, first.updates[name], second.updates[name], weights)
         except AdapterFileError as error:
             not_compared[name] = str(error).removeprefix(f"{name}: ")
     return Comparison(
@@ -79,16 +82,30 @@ def compare_adapters(first: AdapterState, second: AdapterState, weights: Weights
     )
 
 
+def _pairs(name: str, first: Update, second: Update, weights: Weights | None) -> Iterator[ModulePair]:
+    """Of the weight, and of the bias where either changes it."""
+    if changes_weight(first) or changes_weight(second):
+        yield _pair(name, first, second, weights)
+    biases = bias_of(first), bias_of(second)
+    size = next((bias for bias in biases if bias is not None), None)
+    if size is not None:
+        one, other = (torch.zeros_like(size) if bias is None else bias for bias in biases)
+        yield _dense_pair(f"{name} (bias)", one, other)
+
+
 def _pair(name: str, first: Update, second: Update, weights: Weights | None) -> ModulePair:
     one, other = (None if update.needs_weight else factors_of(update) for update in (first, second))
     if one is not None and other is not None:
         norms = lowrank.norm(one), lowrank.norm(other)
         return ModulePair(name, *norms, lowrank.inner(one, other), lowrank.distance(one, other))
-    deltas: list[Tensor] = [delta_of(name, update, weights) for update in (first, second)]
-    inner = float((deltas[0] * deltas[1]).sum())
-    return ModulePair(
-        name, float(deltas[0].norm()), float(deltas[1].norm()), inner, float((deltas[0] - deltas[1]).norm())
-    )
+    found = [delta_of(name, update, weights) if changes_weight(update) else None for update in (first, second)]
+    size = next(delta for delta in found if delta is not None)
+    return _dense_pair(name, *(torch.zeros_like(size) if delta is None else delta for delta in found))
+
+
+def _dense_pair(name: str, first: Tensor, second: Tensor) -> ModulePair:
+    inner = float((first * second).sum())
+    return ModulePair(name, float(first.norm()), float(second.norm()), inner, float((first - second).norm()))
 
 
 def _cosine(inner: float, product: float) -> float | None:

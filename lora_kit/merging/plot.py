@@ -11,6 +11,7 @@ from lora_kit.merging.spectrum import UpdateSpectrum, block_of
 
 COLOURS = {"text encoder": "#2a7f62", "unet down": "#35618f", "unet mid": "#8a5a9e", "unet up": "#c06a2b"}
 OTHER_COLOUR = "#777777"
+LEAST_SHOWN = 1e-5
 
 
 def draw_inspection(found: Inspection, path: Path) -> None:
@@ -46,7 +47,6 @@ def _draw_spectra(axes: Any, found: Inspection) -> None:
     axes.set_title("singular values over the largest (thin: modules, thick: mean)", fontsize=10)
     axes.set_xlabel("index")
     axes.set_yscale("log")
-    axes.set_ylim(1e-4, 1.5)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
@@ -61,6 +61,8 @@ def _draw_spectra(axes: Any, found: Inspection) -> None:
         label = f"{kind} ({len(curves)})"
         axes.plot(range(1, len(mean) + 1), mean, color=_colour(kind), linewidth=2.2, label=label, marker="o", ms=3)
     if groups:
+        least = min(value for curves in groups.values() for curve in curves for value in curve)
+        axes.set_ylim(max(least / 1.5, LEAST_SHOWN), 1.5)
         axes.legend(fontsize=8, frameon=False, loc="upper right")
 
 

@@ -94,7 +94,7 @@ def _resized(name: str, update: Update, budget: Budget, dtype: torch.dtype | Non
     matrix = decompose(factors)
     norm = float(matrix.values.norm())
     rank = budget.rank_of(matrix.values)
-    old_rank = update.rank
+    old_rank = factors[0].shape[1]
     if isinstance(update, LoraUpdate) and update.mid is None and rank >= min(update.rank, len(matrix.values)):
         return _cast(update, target), ModuleLoss(name, old_rank, update.rank, norm, 0.0, _cast_error(update, target))
     small = lora_update(truncate(matrix, rank), weight_shape(update), target, name)

@@ -14,7 +14,7 @@ from lora_kit.adapters.updates import Update, build_update
 from lora_kit.errors import AdapterFileError
 from lora_kit.merging.lowrank import effective_rank, rank_keeping, singular_values
 from lora_kit.merging.lowrank_dense import thin_svd
-from lora_kit.merging.lowrank_updates import Weights, delta_of, factors_of, method_name
+from lora_kit.merging.lowrank_updates import Weights, bias_of, changes_weight, delta_of, factors_of, method_name
 
 NEEDS_DENSE = "no low-rank form: needs a dense look (--dense)"
 NEEDS_BASE = "ΔW depends on the base's weight: needs --dense and --base"
@@ -37,7 +37,7 @@ class UpdateSpectrum(NamedTuple):
     shapes: dict[str, tuple[int, ...]]
     """Neutral part name → shape."""
     norm: float | None
-    """‖ΔW‖ = √Σ ΔW² (Frobenius)."""
+    """‖ΔW‖ = √Σ ΔW² (Frobenius); of an update that changes the bias alone, that of Δbias."""
     singular_values: tuple[float, ...]
     """All of them, largest first; of a norm layer's or bias's vector none."""
     effective_rank: float | None
@@ -99,6 +99,9 @@ def _note(update: Update, dense: bool, weights: Weights | None) -> str | None:
 
 
 def _values(module: str, update: Update, weights: Weights | None) -> Tensor:
+    bias = bias_of(update)
+    if bias is not None and not changes_weight(update):
+        return bias.norm()[None]
     factors = None if update.needs_weight else factors_of(update)
     if factors is not None:
         return singular_values(factors)

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from small_tokenizers import small_tokenizer
 from torch import Tensor
 
-from lora_kit.adapters import AdapterState
+from lora_kit.adapters import AdapterState, write_kohya
 from lora_kit.errors import ModelError, RecipeError
-from lora_kit.merging import Budget, Extracted, ExtractOptions, extract
+from lora_kit.merging import Budget, Extracted, ExtractOptions, extract, open_adapters
 from lora_kit.models import load_bundle, pipeline
 from lora_kit.models.ldm_keys import claim, structure
 from lora_kit.recipe import ModelSection
@@ -115,6 +115,38 @@ def test_a_cast_alone_is_no_change(folder: Path, state: AdapterState, tmp_path: 
     assert {update.dtype for update in found.updates.values()} == {dtype}
     # Weights and ΔW are about as large as each other: rounding of the tuned weights, and of the factors.
     check_updates(found, state, 8 * torch.finfo(dtype).eps)
+
+
+def test_norms_and_biases_on_request(folder: Path, tmp_path: Path) -> None:
+    """A LoRA with its bias, a bias alone, a norm of which only the bias moved; written, read, and the same."""
+    moved = {
+        "unet.mid_block.resnets.0.conv1.weight",
+        "unet.mid_block.resnets.0.conv1.bias",
+        "unet.conv_in.bias",
+        "unet.conv_norm_out.weight",
+        "text_encoder.final_layer_norm.bias",
+    }
+    tuned = changed_folder(folder, tmp_path / "tuned", lambda name, one: one + 0.5 if name in moved else one)
+    plain = extract(folder, tuned, RANK_4)
+    assert set(plain.updates) == {"unet.mid_block.resnets.0.conv1"}
+    assert set(plain.left_out) == {name for name in moved if "conv1.weight" not in name}
+    found = extract(folder, tuned, ExtractOptions(budget=Budget(rank=4), norms=True, biases=True))
+    assert not found.left_out
+    write_kohya(tmp_path / "out.safetensors", AdapterState(found.updates, {}))
+    keys = set(load_file(tmp_path / "out.safetensors"))
+    assert {"lora_unet_conv_in.diff_b", "lora_unet_conv_norm_out.w_norm"} <= keys
+    assert {"lora_unet_mid_block_resnets_0_conv1.diff_b", "lora_te_text_model_final_layer_norm.b_norm"} <= keys
+    (opened,) = open_adapters([tmp_path / "out.safetensors"], str(folder))
+    half = torch.tensor(0.5, dtype=torch.float64)
+    for name in moved:
+        module, _, part = name.rpartition(".")
+        update = opened.state.updates[module]
+        delta = (update.weight_delta if part == "weight" else update.bias_delta)(1.0, None, torch.float64)
+        assert delta is not None
+        assert torch.allclose(delta, half.expand_as(delta), atol=1e-5)
+    untouched = opened.state.updates["text_encoder.final_layer_norm"].weight_delta(1.0)
+    assert untouched is not None
+    assert not untouched.any()
 
 
 @pytest.fixture(scope="module", params=[1, 2])
