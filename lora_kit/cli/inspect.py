@@ -53,7 +53,8 @@ def _document(found: Inspection) -> dict[str, Any]:
     return {
         "layout": found.layout,
         "family": found.family,
-        "fits": list(found.fits),
+        "fits": found.fits,
+        "misfit": found.misfit,
         "norm": found.norm,
         "blocks": [one._asdict() for one in found.blocks],
         "modules": [one._asdict() for one in found.spectra],
@@ -66,7 +67,7 @@ def _document(found: Inspection) -> dict[str, Any]:
 def _summary(found: Inspection) -> list[str]:
     parameters = sum(one.parameters for one in found.spectra)
     groups = Counter((_component(one), one.method, one.rank, one.alpha, one.dtype) for one in found.spectra)
-    fits = " or ".join(found.fits) or "none that is known by heart (--base names one)"
+    fits = found.fits or "none that is known by heart (--base names one)"
     lines = [
         f"{found.path.name}: {found.layout} layout, {len(found.spectra)} modules, {parameters:,} parameters",
         f"  base: the header says {found.family or 'nothing'}; names and shapes fit {fits}",

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from lora_kit.adapters.formats.family import family_of
 from lora_kit.adapters.io import read_raw
-from lora_kit.merging.lowrank_files import fitting_bases
+from lora_kit.errors import AdapterFileError
+from lora_kit.merging.lowrank_files import fitting_base
 from lora_kit.merging.lowrank_updates import Weights
 from lora_kit.merging.spectrum import BlockNorm, UpdateSpectrum, block_norms, built_updates, spectrum
 
@@ -20,8 +21,10 @@ class Inspection(NamedTuple):
     layout: str
     family: str | None
     """What the header says of the base."""
-    fits: tuple[str, ...]
-    """Known bases whose names and shapes the file fits."""
+    fits: str | None
+    """The first known base (or the one that was named) whose names and shapes the file fits."""
+    misfit: str
+    """Why it fits none."""
     spectra: tuple[UpdateSpectrum, ...]
     """In the base's order if one fits, else by the file's spelling."""
     blocks: tuple[BlockNorm, ...]
@@ -46,15 +49,20 @@ def inspect_file(
     Raises AdapterFileError for a file that is damaged, of an unknown layout, or holds updates that make no sense.
     """
     raw = read_raw(path)
-    fitting = fitting_bases(path, raw, base)
-    updates = next(iter(fitting.values())).updates if fitting else built_updates(raw.parts.updates)
+    fits, misfit = None, ""
+    try:
+        fits, state = fitting_base(path, raw, base)
+        updates = state.updates
+    except AdapterFileError as error:
+        updates, misfit = built_updates(raw.parts.updates), str(error)
     spectra = [spectrum(name, update, dense, weights) for name, update in updates.items()]
     embeddings = getattr(raw, "embeddings", {})
     return Inspection(
         path,
         raw.layout.name,
         family_of(raw.metadata),
-        tuple(fitting),
+        fits,
+        misfit,
         tuple(spectra),
         tuple(block_norms(spectra)),
         {token: tuple(tensor.shape) for token, tensor in embeddings.items()},

@@ -209,7 +209,7 @@ def test_inspect_tells_layout_base_blocks_ranks_and_header(files: tuple[Path, Pa
     assert "ss_base_model_version: sd_v1" in text
     assert run("inspect", files[0], "--json") == 0
     found = document(capsys)
-    assert found["fits"] == ["tiny"]
+    assert found["fits"] == "tiny"
     assert sum(block["share"] for block in found["blocks"]) == pytest.approx(1.0)
     assert {row["module"] for row in found["modules"]} == set(NAMES)
     assert all(len(row["singular_values"]) == 4 for row in found["modules"])
