@@ -71,6 +71,7 @@ def test_one_module_under_two_spellings_is_refused(
     ("key", "what"),
     [
         (f"{TO_Q}.oft_diag", "OFT adapter of LyCORIS 1.9"),
+        (f"{TO_Q}.lambda_layer", "T-LoRA"),
         (f"{TO_Q}.bias_indices", "sparse remainders"),
         ("base_model.model.x.lora_A.weight", "PEFT"),
         ("unet:0:up", "cloneofsimo"),

@@ -15,6 +15,7 @@ LAYOUTS: tuple[Layout, ...] = (Kohya(), Diffusers())
 
 _NOT_YET = (
     (r"\.oft_diag$", "an OFT adapter of LyCORIS 1.9 or earlier (oft_diag)"),
+    (r"\.lambda_layer$", "a T-LoRA adapter, whose rank depends on the time step (lambda_layer)"),
     (r"^oft_unet_", "an OFT adapter of sd-scripts"),
     (r"\.bias_(indices|values|size)$", "a LyCORIS extraction with sparse remainders (bias_indices)"),
     (r"^base_model\.model\.", "an adapter in PEFT's folder layout"),
