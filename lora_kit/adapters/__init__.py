@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lora_kit.adapters.injection import eject, inject, trainable_parameters
     from lora_kit.adapters.io import RawAdapter, fit_adapter, read_adapter, read_raw
     from lora_kit.adapters.load import load_adapter
-    from lora_kit.adapters.scaling import Strength, apply_scales, set_scale
+    from lora_kit.adapters.scaling import Strength, apply_scales, set_scale, without_adapters
     from lora_kit.adapters.state import AdapterState, adapter_state
     from lora_kit.adapters.updates import LoraUpdate, Update
 
@@ -45,6 +45,7 @@ __all__ = [
     "trainable_parameters",
     "training_metadata",
     "unfuse",
+    "without_adapters",
     "write_kohya",
 ]
 
@@ -72,6 +73,7 @@ _HOMES = {
     "trainable_parameters": "injection",
     "training_metadata": "formats.header",
     "unfuse": "fusing",
+    "without_adapters": "scaling",
     "write_kohya": "formats.kohya",
 }
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from torch import nn
@@ -118,6 +119,25 @@ def _set(layer: LiveLayer, own: list[str], scales: Mapping[str, float]) -> None:
         activate(lora, [*foreign, *active])
     if delta is not None:
         delta.set_scales({name: scale for name, scale in scales.items() if name in delta.updates})
+
+
+@contextmanager
+def without_adapters(components: Mapping[str, nn.Module]) -> Generator[None]:
+    """All adapters off while inside, and then active as they were before."""
+    layers = live_layers(components).values()
+    lora = [(layer.lora, list(layer.lora.active_adapters)) for layer in layers if layer.lora is not None]
+    delta = [(layer.delta, dict(layer.delta.scales)) for layer in layers if layer.delta is not None]
+    for layer, _ in lora:
+        activate(layer, [])
+    for layer, _ in delta:
+        layer.set_scales({})
+    try:
+        yield
+    finally:
+        for layer, names in lora:
+            activate(layer, names)
+        for layer, scales in delta:
+            layer.set_scales(scales)
 
 
 def _check_scale(components: Mapping[str, nn.Module], name: str, scale: float) -> None:

@@ -21,8 +21,8 @@ def command(
     prune: Annotated[bool, typer.Option("--prune", help="Show what none of the recipes needs.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="With --prune: delete it.")] = False,
 ) -> None:
-    """Encode each recipe's pictures and captions that are not in its cache yet. Ctrl-C loses a minute's work at most.
-    Training does not read this cache so far.
+    """Encode each recipe's pictures and captions that are not in its cache yet, as training with data.cache: disk does.
+    Ctrl-C loses a minute's work at most.
 
     --verify compares every entry with its checksum, and every picture with what is remembered of it; what is damaged
     is set aside, and encoded again when it is needed. Exit status 1 if anything was.
@@ -57,9 +57,10 @@ def _fill(recipes: Sequence[Recipe]) -> None:
     for recipe in recipes:
         if recipe.data.cache != "disk":
             raise RecipeError(
-                f"data.cache: got {recipe.data.cache}, with which nothing is kept on disk. Add data.cache=disk here. "
-                "Training does not read that cache so far."
+                f"data.cache: got {recipe.data.cache}, with which nothing is kept on disk. Set it to disk in the "
+                "recipe, or add data.cache=disk here and when you train."
             )
+    from lora_kit.inference.sampling import vae_factor
     from lora_kit.progress import progress
     from lora_kit.training.caching import data_sets, fill_cache, open_cache
     from lora_kit.training.encoders import load_encoders, trains_text_encoder
@@ -69,7 +70,7 @@ def _fill(recipes: Sequence[Recipe]) -> None:
         bundle = load_encoders(recipe)
         cache = open_cache(recipe, bundle, trains_text_encoder(recipe, bundle))
         accelerator = build_accelerator(recipe)
-        for data in data_sets(recipe, cache.hints, progress):
+        for data in data_sets(recipe, cache.hints, progress, vae_factor(bundle)):
             filled = fill_cache(cache, data, bundle, accelerator, progress)
             views = len(filled.latents) * filled.latents.versions if filled.latents else 0
             captions = len(filled.texts) if filled.texts else 0

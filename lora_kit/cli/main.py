@@ -21,7 +21,11 @@ COMMANDS = {
     "generate": "Draw prompts with a base and any number of scaled adapters.",
     "grid": "Draw strength × prompt × seed as one labelled picture.",
     "merge": "Merge adapters into a base's weights, and verify the result.",
+    "combine": "Write several adapters as one, exactly or at a lower rank.",
+    "resize": "Cut an adapter to a rank or to a share of its energy.",
+    "extract": "Write the difference of two bases as an adapter.",
     "inspect": "Show what is in an adapter file.",
+    "diff": "Compare two adapters module by module.",
     "schema": "Print the recipe's JSON schema, for editors.",
 }
 """Name of each command, which is also its module's in this package, and its line in `lora-kit --help`."""

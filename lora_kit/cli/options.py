@@ -32,7 +32,7 @@ class AdapterOption(NamedTuple):
     scale: float
 
 
-def parse_adapter(text: str) -> AdapterOption:
+def parse_adapter(text: str, option: str = "--adapter") -> AdapterOption:
     r"""`a.safetensors` → scale 1; `a.safetensors:0.8`, `C:\a.safetensors:-0.5` → their scale.
 
     Raises RecipeError for an empty file, and for a scale that is no finite number.
@@ -44,7 +44,7 @@ def parse_adapter(text: str) -> AdapterOption:
     value = _number(scale)
     if not path or value is None:
         raise RecipeError(
-            f"--adapter: got {text!r}; allowed: FILE or FILE:SCALE with a finite number, such as style.safetensors:0.8"
+            f"{option}: got {text!r}; allowed: FILE or FILE:SCALE with a finite number, such as style.safetensors:0.8"
         )
     return AdapterOption(Path(drive + path), value)
 

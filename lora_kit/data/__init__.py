@@ -5,7 +5,7 @@ from lora_kit.data.latents import cache_latents
 from lora_kit.data.loader import make_batch_loader, make_loader, process_share
 from lora_kit.data.records import Flaw, Record, Records
 from lora_kit.data.sampler import Share, StepSampler, micro_batches
-from lora_kit.data.samples import Latents, Sample, collate
+from lora_kit.data.samples import KeptLatents, Latent, Sample, collate
 from lora_kit.data.scan import check_pictures
 from lora_kit.data.sources import count_records, open_records
 from lora_kit.data.training_set import TrainingSet, open_training_set, plain_section
@@ -13,7 +13,8 @@ from lora_kit.data.training_set import TrainingSet, open_training_set, plain_sec
 __all__ = [
     "Batch",
     "Flaw",
-    "Latents",
+    "KeptLatents",
+    "Latent",
     "Record",
     "Records",
     "Sample",

@@ -17,10 +17,19 @@ class Batch(NamedTuple):
     Noise and timesteps derive from (seed, step, position)."""
     captions: list[str]
     pixels: Tensor | None
-    """float32 [b, 3, height, width] in -1..1, unless the latents are cached."""
+    """float32 [p, 3, height, width] in -1..1, of the p samples whose latents are not kept; None if p = 0."""
     latent_mean: Tensor | None
-    """float32 [b, c, h, w] of the VAE's posterior, unscaled, if cached."""
+    """float32 [b - p, c, h, w] of the VAE's posterior, unscaled, of the others; None if there are none."""
     latent_std: Tensor | None
-    """float32 [b, c, h, w], as latent_mean."""
+    """float32 [b - p, c, h, w], as latent_mean."""
+    is_latent: Tensor
+    """bool [b]: which samples are in `latent_mean`; the others are in `pixels`, each in order. Usually all or none: an
+    entry of the cache may be damaged."""
+    masks: Tensor | None
+    """float32 [b, h, w] in 0..1, what each cell of a latent counts in the loss; None if no sample has a mask."""
+    loss_weights: Tensor
+    """float32 [b]: factor of each sample's loss."""
+    from_base: list[int]
+    """The samples whose target is the base model's own prediction."""
     step_samples: int
     """Samples of the optimizer step, over all micro-batches and processes: the loss of each counts 1 / this."""

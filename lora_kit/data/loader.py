@@ -13,7 +13,7 @@ from lora_kit.data.batch import Batch
 from lora_kit.data.sampler import Share, StepSampler
 from lora_kit.data.samples import Sample, collate
 from lora_kit.data.training_set import TrainingSet
-from lora_kit.data.workers import worker_options
+from lora_kit.data.workers import held_signals, worker_options
 from lora_kit.recipe import Recipe
 
 
@@ -50,14 +50,16 @@ def process_share(recipe: Recipe, rank: int, world: int) -> Share:
 
 
 def make_batch_loader(training_set: TrainingSet, sampler: StepSampler, pin_memory: bool = False) -> DataLoader[Sample]:
-    """A DataLoader that yields a `Batch` for each micro-batch of the sampler. Cached latents need no workers."""
-    workers = training_set.section.workers if training_set.latents is None else 0
+    """A DataLoader that yields a `Batch` for each micro-batch of the sampler. Latents in memory need no workers."""
+    in_memory = training_set.latents is not None and training_set.latents.in_memory
+    workers = 0 if in_memory else training_set.section.workers
     return DataLoader(
         training_set, batch_sampler=sampler, collate_fn=collate, pin_memory=pin_memory, **worker_options(workers)
     )
 
 
 def _steps(loader: DataLoader[Sample], sampler: StepSampler) -> Iterator[list[Batch]]:
-    batches: Iterator[Any] = iter(loader)
+    with held_signals():
+        batches: Iterator[Any] = iter(loader)
     for count in sampler.counts():
         yield list(islice(batches, count))

@@ -6,7 +6,8 @@ import os
 import struct
 import warnings
 import zlib
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageColor, ImageOps, PngImagePlugin, TiffImagePlugin
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from lora_kit.data.buckets import Size
 from lora_kit.data.crops import cut_picture, pixels_of
+from lora_kit.data.masks import joined_mask
 from lora_kit.data.profiles import to_srgb
 from lora_kit.data.records import Record
 from lora_kit.errors import DataError
@@ -24,6 +26,7 @@ _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 _ON_THEIR_SIDE = frozenset({5, 6, 7, 8})  # EXIF orientations that swap width and height
 _TAIL = 1 << 16
 _ORIENTATION_MARKS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
+T = TypeVar("T")
 
 
 class Picture(NamedTuple):
@@ -34,7 +37,8 @@ class Picture(NamedTuple):
     animated: bool
     """The file has several frames; this is the first."""
     mask: Image.Image | None = None
-    """Its alpha, mode L and of the image's size, where the record asks for it (`alpha: mask`) and there is one."""
+    """What counts of it, mode L and of the image's size, white in full: its own mask, its alpha where the record asks
+    for that (`alpha: mask`), or their product. None: all of it."""
     note: str = ""
     """What was wrong but did not keep it from being read: a broken colour profile."""
 
@@ -45,13 +49,25 @@ def read_picture(record: Record) -> Picture:
     EXIF orientation is applied; palette, grey, CMYK and 16-bit pictures become 8-bit RGB. Colours under an embedded
     profile other than sRGB are converted to sRGB; without a profile numbers are taken as sRGB. Transparency goes as
     `record.alpha` says.
-    Raises DataError, naming the record, for anything that cannot be decoded wholly and for decompression bombs.
+    Raises DataError, naming the record, for anything that cannot be decoded wholly and for decompression bombs; for a
+    mask of another shape, and for one that is black everywhere.
     """
+    picture = _guarded(record, lambda: _decode(record))
+    if record.mask is not None:
+        own = _guarded(record, lambda: _decode_mask(record, picture.image.size), "its mask: ")
+        picture = picture._replace(mask=joined_mask(picture.mask, own))
+    if picture.mask is not None and picture.mask.getextrema()[1] == 0:
+        raise DataError(f"{record.id}: its mask is black everywhere, so that nothing of it would be learnt")
+    return picture
+
+
+def _guarded(record: Record, decode: Callable[[], T], what: str = "") -> T:
+    """`decode()`, with what Pillow raises as a DataError."""
     reason = ""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return _decode(record)
+            return decode()
     except FileNotFoundError:
         reason = "the file is missing"
     except _BOMB:
@@ -59,7 +75,7 @@ def read_picture(record: Record) -> Picture:
         reason = f"larger than {limit:,} pixels, Pillow's limit against decompression bombs. Scale it down"
     except _DAMAGED as error:
         reason = f"not a readable picture ({error})"
-    raise DataError(f"{record.id}: {reason}")
+    raise DataError(f"{record.id}: {what}{reason}")
 
 
 def picture_tensor(image: Image.Image, side: int, across: float = 0.5, down: float = 0.5) -> Tensor:
@@ -130,6 +146,26 @@ def _decode(record: Record) -> Picture:
     image.putalpha(alpha)
     flat = Image.alpha_composite(ground, image).convert("RGB")
     return Picture(flat, animated, alpha if asks_mask else None, note)
+
+
+def _decode_mask(record: Record, size: Size) -> Image.Image:
+    """The record's mask file as brightness, upright and in the picture's size."""
+    assert record.mask is not None
+    with record.mask() as opened:
+        opened.seek(0)
+        opened.load()
+        colours, alpha = _split(ImageOps.exif_transpose(opened))
+    grey = colours.convert("L")
+    if alpha is not None:  # what is transparent does not count, whatever colour lies under it
+        grey = joined_mask(alpha, grey) or grey
+    if grey.size == size:
+        return grey
+    # Another resolution of the same shape will do: a side may be off by the rounding of the smaller one.
+    (width, height), (own_width, own_height) = size, grey.size
+    if abs(own_width * height - own_height * width) > max(width, height):
+        said = f"{own_width} × {own_height} pixels, the picture {width} × {height}: another shape"
+        raise DataError(f"{record.id}: its mask has {said}. Cut it as the picture is cut")
+    return grey.resize(size, Image.Resampling.BOX if own_width > width else Image.Resampling.BILINEAR)
 
 
 def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:

@@ -42,6 +42,15 @@ class Record:
     """Factor of this picture's loss."""
     alpha: str = "white"
     """What `read_picture` does with transparency, as the recipe's `data.alpha` says it."""
+    mask: Callable[[], Image.Image] | None = None
+    """Opens the picture's mask, as `open`."""
+    from_base: bool = False
+    """The target is the base model's own prediction, not the picture's noise."""
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether its picture may have a mask."""
+        return self.mask is not None or self.alpha == "mask"
 
 
 @dataclass

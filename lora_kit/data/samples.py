@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,21 +19,39 @@ class Sample(NamedTuple):
     """Index within the optimizer step."""
     caption: str
     pixels: Tensor | None
-    """float32 [3, H, W]."""
+    """float32 [3, H, W]; None where the latent is kept."""
     latent_mean: Tensor | None
     latent_std: Tensor | None
+    mask: Tensor | None = None
+    """float32 [h, w]; None: everything counts."""
     step_samples: int = 1
+    loss_weight: float = 1.0
+    from_base: bool = False
 
 
-class Latents(NamedTuple):
-    """Posterior means and deviations of one version of all pictures of one size, float32 [n, c, h, w] on the CPU."""
+class Latent(NamedTuple):
+    """What is kept of one view of a picture, on the CPU."""
 
     mean: Tensor
+    """float32 [c, h, w], unscaled, as `std`."""
     std: Tensor
+    mask: Tensor | None
+    """float32 [h, w] in 0..1, if the picture has one."""
+
+
+class KeptLatents(Protocol):
+    """Latents of every place of a training set."""
+
+    in_memory: bool
+    """Reading takes no time, so that it needs no workers."""
+
+    def read(self, place: int, mirrored: bool = False) -> Latent | None:
+        """The latent at a place, or None if it is lost and must be made from the picture again."""
+        ...
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Samples of one step, equal in kind (all pixels or all latents) and size → one micro-batch."""
+    """Samples of one step and one size → a micro-batch."""
     return Batch(
         ids=[sample.id for sample in samples],
         positions=torch.tensor([sample.position for sample in samples], dtype=torch.int64),
@@ -41,6 +59,10 @@ def collate(samples: Sequence[Sample]) -> Batch:
         pixels=_stack([sample.pixels for sample in samples]),
         latent_mean=_stack([sample.latent_mean for sample in samples]),
         latent_std=_stack([sample.latent_std for sample in samples]),
+        is_latent=torch.tensor([sample.pixels is None for sample in samples]),
+        masks=_masks([sample.mask for sample in samples]),
+        loss_weights=torch.tensor([sample.loss_weight for sample in samples], dtype=torch.float32),
+        from_base=[row for row, sample in enumerate(samples) if sample.from_base],
         step_samples=samples[0].step_samples,
     )
 
@@ -48,3 +70,10 @@ def collate(samples: Sequence[Sample]) -> Batch:
 def _stack(tensors: Sequence[Tensor | None]) -> Tensor | None:
     present = [tensor for tensor in tensors if tensor is not None]
     return torch.stack(present) if present else None
+
+
+def _masks(masks: Sequence[Tensor | None]) -> Tensor | None:
+    present = [mask for mask in masks if mask is not None]
+    if not present:
+        return None
+    return torch.stack([torch.ones_like(present[0]) if mask is None else mask for mask in masks])

@@ -15,11 +15,12 @@ from lora_kit.data.bucket_order import BucketOrder, Order, StreamOrder
 from lora_kit.data.bucket_places import has_buckets, place_pictures
 from lora_kit.data.buckets import Size
 from lora_kit.data.captions import CaptionChances, Captioner
-from lora_kit.data.crops import cut_picture, pixels_of
+from lora_kit.data.crops import covering_box, cut_picture, pixels_of
+from lora_kit.data.masks import mask_cells
 from lora_kit.data.order import Chances, chances
 from lora_kit.data.pictures import read_picture, square_picture
 from lora_kit.data.records import Flaw, Records, fingerprint, name_some, settle_flaws
-from lora_kit.data.samples import Latents, Sample
+from lora_kit.data.samples import KeptLatents, Sample
 from lora_kit.data.sizes import KnownSize, read_sizes
 from lora_kit.data.sources import open_records
 from lora_kit.errors import DataError
@@ -42,25 +43,26 @@ class TrainingSet(Dataset[Sample]):
         seed: int,
         skip: Sequence[tuple[str, str]] = (),
         sizes: Sequence[Size | None] | None = None,
+        latent_factor: int = 8,
     ):
         """Skip: (id, reason) of records to leave out beforehand, such as an earlier run's `skipped`.
 
         sizes: those of the records' pictures, as `read_sizes` gives them; needed with `data.buckets`.
+        latent_factor: pixels of a latent cell's side, which masks are averaged over. 8 for Stable Diffusion.
         """
         assert sizes is not None or section.buckets is None
         self.records = list(records)
         self.sizes = None if sizes is None else list(sizes)
         self.section = section
         self.seed = seed
+        self.latent_factor = latent_factor
         self.skipped: list[Flaw] = list(records.skipped)
         """Records left out under `on_error: skip`, each with its reason."""
         self.captioner = Captioner(section)
         self.notices: list[str] = [*records.notices, *self.captioner.notices(self.records)]
         """What the user should be told once."""
-        self.latents: dict[Size, Latents] | None = None
-        """For each bucket's size, those of its places in their order."""
-        self.mirrored: dict[Size, Latents] | None = None
-        """Latents of the mirrored pictures, if `flip` is on."""
+        self.latents: KeptLatents | None = None
+        """Those of all places, once they are encoded; None: samples carry pixels."""
         self.checked = False
         """Every picture has been decoded once."""
         self._number_samples()
@@ -169,13 +171,21 @@ class TrainingSet(Dataset[Sample]):
     def _sample(self, place: int, caption: str, draws: Chances, centered: bool = False) -> Sample:
         flip = self.section.flip and draws.flip < 0.5
         record, size = self.records[self.places.record[place]], self.places.size(place)
-        if self.latents is not None:
-            latents = (self.mirrored if flip and self.mirrored is not None else self.latents)[size]
-            row = int(self.places.row[place])
-            return Sample(record.id, 0, caption, None, latents.mean[row], latents.std[row])
+        sample = Sample(record.id, 0, caption, None, None, None)
+        sample = sample._replace(loss_weight=record.loss_weight, from_base=record.from_base)
+        latent = self.latents.read(place, flip) if self.latents is not None else None
+        if latent is not None:
+            return sample._replace(latent_mean=latent.mean, latent_std=latent.std, mask=latent.mask)
         across, down = (0.5, 0.5) if centered or self.section.crop == "center" else (draws.across, draws.down)
-        pixels = pixels_of(cut_picture(read_picture(record).image, size, across, down))
-        return Sample(record.id, 0, caption, pixels.flip(-1) if flip else pixels, None, None)
+        picture = read_picture(record)
+        pixels = pixels_of(cut_picture(picture.image, size, across, down))
+        mask = None
+        if picture.mask is not None:
+            box = covering_box(picture.image.size, size, across, down)
+            mask = mask_cells(picture.mask, box, size, self.latent_factor)
+        if flip:
+            pixels, mask = pixels.flip(-1), None if mask is None else mask.flip(-1)
+        return sample._replace(pixels=pixels, mask=mask)
 
 
 def open_training_set(
@@ -184,16 +194,17 @@ def open_training_set(
     folder: Path | None = None,
     bar: ProgressBar = progress,
     known: KnownSize | None = None,
+    latent_factor: int = 8,
 ) -> TrainingSet:
     """`open_records` as a TrainingSet; with `data.buckets` the pictures' headers are read too. Arguments and errors as
     there.
 
-    known: sizes of pictures whose headers need not be read.
+    known: sizes of pictures whose headers need not be read. latent_factor: as TrainingSet's.
     """
     section = expand_sources(section, folder or Path.cwd())
     records = open_records(section, folder)
     sizes = read_sizes(records, section.workers, bar, known) if section.buckets else None
-    return TrainingSet(records, section, seed, sizes=sizes)
+    return TrainingSet(records, section, seed, sizes=sizes, latent_factor=latent_factor)
 
 
 def plain_section(section: DataSection, source: SourceSection) -> DataSection:

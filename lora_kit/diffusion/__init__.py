@@ -3,7 +3,7 @@
 from lora_kit.diffusion.noising import add_noise, target
 from lora_kit.diffusion.randomness import Draws, draw_for_samples, generator_for, seed_for, stratified_timesteps
 from lora_kit.diffusion.schedule import alphas_cumprod, signal_to_noise
-from lora_kit.diffusion.weights import min_snr_weight
+from lora_kit.diffusion.weights import masked_mean, min_snr_weight
 
 __all__ = [
     "Draws",
@@ -11,6 +11,7 @@ __all__ = [
     "alphas_cumprod",
     "draw_for_samples",
     "generator_for",
+    "masked_mean",
     "min_snr_weight",
     "seed_for",
     "signal_to_noise",

@@ -18,7 +18,7 @@ from lora_kit.models.ldm_keys import structure
 from lora_kit.recipe.sections import ModelSection
 from lora_kit.targeting import ModuleInfo
 
-_TINY_FOLDER = Path(__file__).parent.parent / "assets" / "tiny_base"  # as in models.loading, which imports torch
+TINY_FOLDER = Path(__file__).parent.parent / "assets" / "tiny_base"  # as in models.loading, which imports torch
 
 
 class Outline(NamedTuple):
@@ -49,7 +49,7 @@ def read_outline(section: ModelSection) -> Outline:
 
 
 def _configs(section: ModelSection) -> _Configs:
-    path = _TINY_FOLDER if section.base == "tiny" else Path(section.base).expanduser()
+    path = TINY_FOLDER if section.base == "tiny" else Path(section.base).expanduser()
     if path.is_dir():
         read = {part: _read_json(path / part / "config.json") for part in ("unet", "text_encoder", "vae")}
         index = _read_json(path / "model_index.json")

@@ -16,7 +16,7 @@ class CacheSection(Section):
     """Keep each picture's latent distribution, so that the VAE encodes it once: in `memory` for this run (128 KiB a
     picture at 512 px), or on `disk` for all runs. On disk the text states of a frozen text encoder are kept too
     (231 KiB a caption for SD 1.x), and memory does not grow with the pictures. Latents are not kept with
-    `crop: random`, nor anything with `none`. `lora-kit cache` fills the disk; training refuses `disk` so far."""
+    `crop: random`, nor anything with `none`. `lora-kit cache` fills the disk ahead of a run."""
     cache_dir: PathText | None = None
     """Folder of `cache: disk`; many recipes can share one. Default: what the environment variable LORA_KIT_CACHE
     names, else `lora_kit` in XDG_CACHE_HOME, else ~/.cache/lora_kit. What was made of another picture, caption,

@@ -20,6 +20,7 @@ def recipe_problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _steps(recipe)
     yield from _schedule(recipe)
     yield from _validation(recipe)
+    yield from _targets_of_sources(recipe)
 
 
 class _Placed(NamedTuple):
@@ -96,6 +97,16 @@ def _schedule(recipe: Recipe) -> Iterator[Problem]:
     if schedule.decay_steps and schedule.name != "constant":
         said = f"does nothing with `name: {schedule.name}`, which falls to zero by itself; remove it."
         yield Problem(("schedule", "decay_steps"), said)
+
+
+def _targets_of_sources(recipe: Recipe) -> Iterator[Problem]:
+    """What the base predicts can only be asked while its weights are there."""
+    if not any(_trains(rule) and rule.method == "full" for _, rule in _placed_rules(recipe)):
+        return
+    for index, source in enumerate(recipe.data.sources):
+        if source.target == "base":
+            said = "`target: base` needs the base's own weights, which `method: full` changes; train adapters"
+            yield Problem(("data", "sources", index, "target"), f"{said}, or give regularisation pictures.")
 
 
 def _validation(recipe: Recipe) -> Iterator[Problem]:

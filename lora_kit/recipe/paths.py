@@ -108,10 +108,12 @@ def _places(tree: dict[str, Tree]) -> Iterator[_Place]:
     for index, source in enumerate(sources if isinstance(sources, list) else []):
         yield from _place(source, ("data", "sources", index), "path")
         yield from _place(source, ("data", "sources", index), "metadata_file")
+        yield from _place(source, ("data", "sources", index), "mask_folder")
     validation = tree.get("validation")
     held_out = validation.get("held_out") if isinstance(validation, dict) else None
     yield from _place(held_out, ("validation", "held_out"), "path")
     yield from _place(held_out, ("validation", "held_out"), "metadata_file")
+    yield from _place(held_out, ("validation", "held_out"), "mask_folder")
     yield from _place(tree.get("train"), ("train",), "resume")
     yield from _place(tree, (), "output_dir")
 
@@ -137,7 +139,7 @@ def _resolve(place: _Place, folder: Folder) -> str:
             return text if text == "tiny" else _local_or_hub(text, folder, _MODEL_ID, "a model's hub id (`org/name`)")
         case ("model", "tokenizer"):
             return _local_or_hub(text, folder, _MODEL_ID, "a model's hub id (`org/name`)")
-        case (*_, "metadata_file" | "cache_dir"):
+        case (*_, "metadata_file" | "mask_folder" | "cache_dir"):
             return str(absolute(text, folder.path))
         case ("data", *_) | ("validation", *_) if is_pattern(text):
             return str(absolute(text, folder.path))

@@ -91,14 +91,14 @@ class DataSection(CacheSection):
     """Probability that a caption is replaced by the empty one (trains classifier-free guidance)."""
     captions: CaptionSection = CaptionSection()
     """Tags, wildcards, replacements, and captions longer than the text encoder reads."""
-    on_error: Literal["raise", "skip"] = "raise"
-    """A broken picture or missing caption stops the run, or is skipped, counted and listed at the end."""
+    on_error: Literal["raise", "skip"] = "skip"
+    """A broken picture or missing caption is left out, named at the start and the end, and listed in the run's
+    skipped.txt; or it stops the run before its first step."""
     workers: NonNegative = 0
     """Processes that load pictures ahead. 0 loads them between steps."""
     alpha: Alpha = "white"
     """What transparent pictures are put on: `white`, `black` or a colour such as `"#20a0ff"` (in quotes). `mask`: on
-    white, and what is transparent counts less in the loss. Pictures without transparency are the same in all.
-    Training refuses `mask` so far."""
+    white, and what is transparent counts less in the loss. Pictures without transparency are the same in all."""
 
     @model_validator(mode="after")
     def _weights_fit(self) -> DataSection:
@@ -114,6 +114,9 @@ class ObjectiveSection(Section):
     """Min-SNR loss weight (Hang et al. 2023); 5 is the paper's. Default: plain mean squared error."""
     noise_offset: Annotated[float, Field(ge=0)] = 0.0
     """Standard deviation of a per-channel constant added to the noise, for darker darks. 0.05 is usual."""
+    unmasked_weight: Fraction = 0.0
+    """What the parts outside a picture's mask count, where it has one. Above 0 keeps them from drifting; the loss is
+    divided by all weights' sum. Pictures without a mask count everywhere."""
 
 
 class OptimizerSection(Section):

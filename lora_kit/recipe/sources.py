@@ -63,9 +63,24 @@ class SourceSection(Section):
     """As `data.resolution`, for this source. Sources of several resolutions are trained in batches of their own, as
     `data.buckets` says."""
     loss_weight: Annotated[float, Field(gt=0)] = 1.0
-    """Factor of these pictures' loss. Training refuses any other than 1 so far."""
+    """Factor of these pictures' loss."""
     regularisation: bool = False
-    """These pictures keep what the base knows of a class (prior preservation) and are no examples of the subject."""
+    """These pictures keep what the base knows of a class (prior preservation; Ruiz et al. 2023, section 3.2) and are
+    no examples of the subject: the trigger word is not put before their captions. Where they are fewer samples than the
+    others, they are repeated until they are as many, unless sources have weights. `loss_weight` is the prior's."""
+    target: Literal["picture", "base"] = "picture"
+    """What is learnt from these pictures. `base`: to predict what the base model predicts for them under their
+    captions, so that it stays as it is there; the training pictures themselves under the class's captions will do, and
+    no others are needed. Costs a second forward pass of these pictures."""
+    mask_folder: PathText | None = None
+    """Folder of masks: each has its picture's path within the source, with any picture's ending. White counts in the
+    loss, black does not; a mask may have another resolution than its picture, not another shape. Pictures without a
+    mask count everywhere."""
+    mask_suffix: Annotated[str, Field(pattern=r"^[^/\\]+$")] | None = None
+    """Masks lie beside their pictures, and are named like them with this before the ending: with `-mask`,
+    `0001-mask.png` is that of `0001.jpg`."""
+    mask_column: str | None = None
+    """Column with the mask: a picture of an HF data set, or in metadata the mask's path within the source."""
     where: dict[str, list[str]] = Field(default={})
     """Only records whose column holds one of these values, such as `{kind: [thing]}`."""
     alpha: Alpha | None = None
@@ -96,6 +111,9 @@ def _problems(source: SourceSection) -> Iterator[Problem]:
     if source.metadata_file is not None and source.layout == "kohya":
         said = "metadata says of each picture what it is, `layout: kohya` takes it from folders' names; keep one."
         yield Problem(("metadata_file",), said)
+    masks = [name for name in ("mask_folder", "mask_suffix", "mask_column") if getattr(source, name) is not None]
+    if len(masks) > 1:
+        yield Problem((masks[1],), f"beside `{masks[0]}`: a picture has one mask; keep one of them.")
     if source.streaming and source.max_records is None:
         said = "needs `max_records`: how many rows to read, such as 10000. They are kept on disk."
         yield Problem(("streaming",), said)

@@ -1,7 +1,7 @@
 """What a run keeps on disk: which entries a recipe needs, filling them, and reading them back.
 
-A run calls `fill_cache` on its bundle before adapters are injected and before anything is on the device: with every
-entry there, neither the VAE nor the text encoder is moved to it.
+A run opens its cache before adapters are injected, as they are no part of what the keys stand for, and before anything
+is on the device: with every entry there, neither the VAE nor the text encoder is moved to it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import NamedTuple
 from accelerate import Accelerator
 
 from lora_kit.data import TrainingSet, open_training_set, plain_section
+from lora_kit.data.buckets import fills
 from lora_kit.data.cache import (
     CacheStore,
     DiskLatents,
@@ -31,10 +32,12 @@ from lora_kit.data.cache import (
     text_key,
 )
 from lora_kit.data.records import MAX_NAMED, Flaw, settle_flaws
+from lora_kit.data.scan import tell_findings
+from lora_kit.inference.sampling import vae_factor
 from lora_kit.models import ModelBundle
 from lora_kit.models.fingerprints import text_encoder_fingerprint, tokenizer_fingerprint, vae_fingerprint
 from lora_kit.progress import ProgressBar
-from lora_kit.recipe import DataSection, Recipe
+from lora_kit.recipe import Recipe
 from lora_kit.recipe.cache import cache_folder
 from lora_kit.training.encoders import latent_encoder, load_encoders, text_encoder, trains_text_encoder
 
@@ -94,18 +97,19 @@ def fill_cache(
     """Encode and store what the cache lacks of a data set, shared among the launch's processes.
 
     Broken pictures are dropped from `data`, or named in a DataError, as `on_error` says. Afterwards every process
-    sees every entry.
+    sees every entry, and samples of `data` carry latents, unless the section crops at random.
     """
     facts, encoded, keys = list[Facts](), 0, list[list[bytes]]()
     if data.section.crop == "center":
-        job = latent_job(cache, data.section, latent_encoder(bundle, accelerator.device))
+        job = latent_job(cache, data, latent_encoder(bundle, accelerator.device))
         facts, encoded = _fill_pictures(cache, data, job, accelerator, bar)
         keys = _keys_of_places(data, facts, job)
+        data.latents = DiskLatents(cache.store, keys)
     texts = {caption: cache.text_key(caption) for caption in captions_of(data)} if cache.keeps_texts else {}
     encode = text_encoder(bundle, accelerator, data.section.captions.long)
     captions_encoded = _fill_texts(cache, texts, encode, accelerator, bar)
     return FilledCache(
-        latents=DiskLatents(cache.store, keys) if keys else None,
+        latents=data.latents if isinstance(data.latents, DiskLatents) else None,
         texts=DiskTexts(cache.store, texts) if texts else None,
         facts=facts,
         encoded=encoded,
@@ -122,9 +126,9 @@ def wanted_keys(recipe: Recipe, bar: ProgressBar) -> set[bytes]:
     bundle = load_encoders(recipe)
     cache = open_cache(recipe, bundle, trains_text_encoder(recipe, bundle))
     wanted = set[bytes]()
-    for data in data_sets(recipe, cache.hints, bar):
+    for data in data_sets(recipe, cache.hints, bar, vae_factor(bundle)):
         if data.section.crop == "center":
-            job = latent_job(cache, data.section, latent_encoder(bundle, bundle.vae.device))
+            job = latent_job(cache, data, latent_encoder(bundle, bundle.vae.device))
             facts = read_facts(data.records, cache.hints, data.section.workers, bar)
             found = zip(data.records, facts, strict=True)
             wanted.update(key for record, fact in found if fact is not None for key in job.keys(record, fact))
@@ -133,13 +137,19 @@ def wanted_keys(recipe: Recipe, bar: ProgressBar) -> set[bytes]:
     return wanted
 
 
-def data_sets(recipe: Recipe, hints: PictureHints, bar: ProgressBar) -> list[TrainingSet]:
+def data_sets(
+    recipe: Recipe, hints: PictureHints | None, bar: ProgressBar, latent_factor: int = 8
+) -> list[TrainingSet]:
     """The training set and, if there is one, the held-out set. Only with buckets, and only where there is no hint, are
-    pictures' headers read."""
+    pictures' headers read. latent_factor: as TrainingSet's."""
     sections = [recipe.data]
     if recipe.validation.held_out is not None:
         sections.append(plain_section(recipe.data, recipe.validation.held_out))
-    return [open_training_set(section, recipe.seed, bar=bar, known=known_size(hints)) for section in sections]
+    known = known_size(hints) if hints else None
+    return [
+        open_training_set(section, recipe.seed, bar=bar, known=known, latent_factor=latent_factor)
+        for section in sections
+    ]
 
 
 def captions_of(data: TrainingSet) -> list[str]:
@@ -153,10 +163,11 @@ def captions_of(data: TrainingSet) -> list[str]:
     return list(captions)
 
 
-def latent_job(cache: Cache, section: DataSection, encode: Encode) -> LatentJob:
-    """What is stored of the section's pictures."""
+def latent_job(cache: Cache, data: TrainingSet, encode: Encode) -> LatentJob:
+    """What is stored of a data set's pictures."""
+    section = data.section
     return LatentJob(
-        views=SectionViews(section),
+        views=SectionViews(section, data.latent_factor),
         encode=encode,
         vae=cache.vae,
         stored=section.cache_dtype,
@@ -181,17 +192,27 @@ def _fill_pictures(
 
     Each process fills its share and then, once all have met, what is still missing: where they share no disk.
     """
-    encoded, facts, broken = 0, list[Facts | None](), dict[int, str]()
+    encoded, facts, broken, notes = 0, list[Facts | None](), dict[int, str](), dict[int, str]()
     for share in _shares(accelerator):
-        facts, broken, count = fill_latents(cache.store, cache.hints, data.records, job, share, bar)
-        encoded += count
+        filled = fill_latents(cache.store, cache.hints, data.records, job, share, bar)
+        facts, broken = filled.facts, filled.broken
+        encoded, notes = encoded + filled.encoded, notes | filled.notes
         flaws = [Flaw(data.records[index].id, reason) for index, reason in broken.items()]
         remaining = len(data.records) - len(flaws)
         settle_flaws(flaws, remaining, data.section.on_error, all_known=len(flaws) < MAX_NAMED)
         _meet(cache, accelerator)
+    told = {data.records[index].id: note for index, note in notes.items() if index not in broken}
     data.drop(broken)
     data.checked = True
-    return [fact for fact in facts if fact is not None], encoded
+    whole = [fact for fact in facts if fact is not None]
+    animated = [record.id for record, fact in zip(data.records, whole, strict=True) if fact.animated]
+    enlarged = [
+        record.id
+        for index, (record, fact) in enumerate(zip(data.records, whole, strict=True))
+        if not all(fills((fact.width, fact.height), size) for size in data.places.sizes_of(index))
+    ]
+    tell_findings(data, animated, enlarged, told)
+    return whole, encoded
 
 
 def _fill_texts(

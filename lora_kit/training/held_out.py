@@ -14,7 +14,7 @@ from lora_kit.data.buckets import Size
 from lora_kit.diffusion import Draws, generator_for, stratified_timesteps
 from lora_kit.models import ModelBundle
 from lora_kit.training.conditions import Conditions
-from lora_kit.training.objective import Objective, latent_moments, sample_losses
+from lora_kit.training.objective import Objective, latent_moments, noised_latents, sample_losses, wanted_prediction
 
 BATCH = 16
 
@@ -45,16 +45,16 @@ def held_out_losses(
     """Mean loss of each held-out picture over its timesteps."""
     found: dict[int, float] = {}
     for indices in _batches(held_out.pictures):
-        batch = collate([held_out.pictures.plain(index) for index in indices])
-        moments = tuple(
-            m.to(bundle.device) for m in latent_moments(bundle, cast(Batch, send_to_device(batch, bundle.device)))
-        )
+        samples = [held_out.pictures.plain(index) for index in indices]
+        batch = cast(Batch, send_to_device(collate(samples), bundle.device))
+        moments = latent_moments(bundle, batch)
         condition = conditions(batch.captions)
         draws = [_draws(held_out, index, moments[0].shape[1:], len(objective.alpha_bars)) for index in indices]
-        losses = [
-            sample_losses(objective, bundle, (moments[0], moments[1]), condition, _nth(draws, k))
-            for k in range(held_out.timesteps_per_picture)
-        ]
+        losses: list[torch.Tensor] = []
+        for k in range(held_out.timesteps_per_picture):
+            noised = noised_latents(objective, bundle, moments, _nth(draws, k))
+            wanted = wanted_prediction(bundle, noised)
+            losses.append(sample_losses(objective, bundle, noised, condition, wanted, batch.masks))
         found |= zip(indices, torch.stack(losses).mean(0).tolist(), strict=True)
     return [found[record] for record in range(len(found))]
 

@@ -11,12 +11,20 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
+from lora_kit.adapters import without_adapters
 from lora_kit.data import Batch
 from lora_kit.diffusion import draw_for_samples, seed_for
 from lora_kit.errors import TrainingError
 from lora_kit.models import ModelBundle
 from lora_kit.training.conditions import Conditions
-from lora_kit.training.objective import Objective, latent_moments, sample_losses
+from lora_kit.training.objective import (
+    Noised,
+    Objective,
+    latent_moments,
+    noised_latents,
+    sample_losses,
+    wanted_prediction,
+)
 
 
 class Learner(NamedTuple):
@@ -37,7 +45,7 @@ class StepMetrics(NamedTuple):
     """What one optimizer step measured."""
 
     loss: float
-    """Mean over the step's samples, all processes."""
+    """Mean over the step's samples, all processes, each with its weight."""
     grad_norm: float
     """Global 2-norm of the gradient before clipping."""
     interrupted: bool
@@ -85,11 +93,24 @@ def _backward(learner: Learner, batch: Batch, step: int) -> Tensor:
         learner.objective.section.noise_offset,
     )
     with learner.accelerator.autocast():
+        noised = noised_latents(learner.objective, learner.bundle, moments, draws)
+        wanted = wanted_prediction(learner.bundle, noised)
+        if batch.from_base:
+            wanted[batch.from_base] = base_prediction(learner, batch, noised)
         condition = learner.conditions(batch.captions)
-        losses = sample_losses(learner.objective, learner.bundle, moments, condition, draws)
-    share = losses.sum() / batch.step_samples
+        losses = sample_losses(learner.objective, learner.bundle, noised, condition, wanted, batch.masks)
+    share = (losses * batch.loss_weights).sum() / batch.step_samples
     learner.accelerator.backward(share)
     return share.detach()
+
+
+@torch.no_grad()
+def base_prediction(learner: Learner, batch: Batch, noised: Noised) -> Tensor:
+    """What the base, its adapters off, predicts for the samples of `batch.from_base`: float32 [k, c, h, w]."""
+    rows = noised.rows(batch.from_base)
+    with without_adapters(learner.bundle.components):
+        condition = learner.conditions([batch.captions[row] for row in batch.from_base])
+        return learner.bundle.family.predict(learner.bundle, rows.noisy, rows.timesteps, condition).float()
 
 
 def _backward_nothing(learner: Learner) -> Tensor:

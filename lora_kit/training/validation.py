@@ -18,6 +18,7 @@ from lora_kit.training.figures import mean_saturation, retrieval
 from lora_kit.training.folder import RunFolder
 from lora_kit.training.held_out import held_out_losses, paired_difference
 from lora_kit.training.metrics import Metrics
+from lora_kit.training.prepared import visiting
 
 
 def measure_base(run: Run) -> list[float]:
@@ -93,7 +94,7 @@ def _sheet(run: Run, strengths: list[float]) -> Image.Image:
 
 def _draw(run: Run, prompts: list[str], strength: float) -> list[Image.Image]:
     seed = run.recipe.validation.seed
-    with at_strength(run, strength):
+    with at_strength(run, strength), visiting(run.bundle.device, run.bundle.vae, run.bundle.text_encoder):
         return draw(run.bundle, prompts, [seed] * len(prompts), settings=settings_of(run))
 
 

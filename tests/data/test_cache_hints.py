@@ -151,7 +151,7 @@ def test_a_picture_of_a_saved_data_set_is_known_by_its_table(tmp_path: Path) -> 
     records = list(open_records(section))
     names = [identity(record) for record in records]
     assert None not in names and len(set(names)) == 3
-    assert [read_bytes(record) for record in records] == [cell["bytes"] for cell in cells]
+    assert [read_bytes(record) for record in records] == [(cell["bytes"], None) for cell in cells]
     assert [identity(record) for record in open_records(section)] == names
 
 
@@ -167,7 +167,7 @@ def test_a_table_that_only_names_its_pictures_does_not_stand_for_them(tmp_path: 
     held = datasets.load_from_disk(str(tmp_path / "set"))
     record = Record("a", "", 0, 1, partial(open_cell, held, 0, tmp_path))
     assert identity(record) is None
-    assert read_bytes(record) == png(0)
+    assert read_bytes(record) == (png(0), None)
 
 
 def test_a_member_of_a_tar_shard_is_known_by_shard_and_place(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_a_member_of_a_tar_shard_is_known_by_shard_and_place(tmp_path: Path) -> 
     records = list(open_records(section))
     names = [identity(record) for record in records]
     assert None not in names and len(set(names)) == 2
-    assert [read_bytes(record) for record in records] == [png(0), png(1)]
+    assert [read_bytes(record) for record in records] == [(png(0), None), (png(1), None)]
 
 
 def test_what_is_no_picture_is_named(tmp_path: Path) -> None:

@@ -235,7 +235,7 @@ def test_every_flaw_is_named_at_once(tmp_path: Path) -> None:
     with (folder / "metadata.jsonl").open("a") as file:
         file.write('{"file_name": "gone.png", "text": "c"}\n{"file_name": "d.png"\n[1]\n')
     with pytest.raises(DataError) as caught:
-        open_records(section(folder))
+        open_records(section(folder, on_error="raise"))
     message = str(caught.value)
     assert message.startswith("5 records of the data set cannot be used:")
     assert "set/a.png: no caption (set/metadata.jsonl line 1 has no 'text')" in message

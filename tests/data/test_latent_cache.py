@@ -88,9 +88,11 @@ def test_half_precision_latents_are_stored_as_float32(folder: Path) -> None:
     training_set = open_set(folder)
     cache_latents(training_set, lambda p: tuple(x.bfloat16() for x in encode(p)), 2, no_progress)  # pyright: ignore
     assert training_set.latents is not None
-    (latents,) = training_set.latents.values()
-    assert latents.mean.dtype == latents.std.dtype == torch.float32
-    assert latents.mean.shape == (5, 4, 4, 4)
+    for place in range(5):
+        latent = training_set.latents.read(place)
+        assert latent is not None
+        assert latent.mean.dtype == latent.std.dtype == torch.float32
+        assert latent.mean.shape == (4, 4, 4)
 
 
 @pytest.mark.parametrize("fields", [{"cache": "none"}, {"crop": "random"}])
@@ -111,7 +113,7 @@ def test_broken_pictures_are_left_out_of_the_cache(folder: Path) -> None:
     cache_latents(training_set, encode, 2, no_progress)
     assert [Path(flaw.id).name for flaw in training_set.skipped] == ["1.png"]
     assert training_set.latents is not None
-    assert [len(latents.mean) for latents in training_set.latents.values()] == [4]
+    assert len(training_set.places.record) == 4
     other = open_set(folder, on_error="skip", cache="none")
     cache_latents(other, encode, 2, no_progress)
     for position in range(8):
@@ -123,7 +125,7 @@ def test_broken_pictures_are_left_out_of_the_cache(folder: Path) -> None:
 def test_broken_picture_stops_the_cache_with_raise(folder: Path) -> None:
     (folder / "1.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"(?s)1 record .*1\.png: not a readable picture"):
-        cache_latents(open_set(folder), encode, 2, no_progress)
+        cache_latents(open_set(folder, on_error="raise"), encode, 2, no_progress)
 
 
 def test_latents_that_are_not_finite_are_an_error(folder: Path) -> None:

@@ -16,7 +16,7 @@ from lora_kit.recipe import DataSection
 
 
 def records_of(folder: Path, **source: object) -> Records:
-    return open_records(DataSection.model_validate({"sources": [{"path": str(folder), **source}]}))
+    return open_records(DataSection.model_validate({"sources": [{"path": str(folder), **source}], "on_error": "raise"}))
 
 
 def pictures(folder: Path, *names: str) -> Path:

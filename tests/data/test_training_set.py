@@ -171,7 +171,7 @@ def break_pictures(folder: Path, *numbers: int) -> None:
 def test_check_names_all_broken_pictures(open_set: Open, folder: Path, workers: int) -> None:
     break_pictures(folder, 1, 4)
     with pytest.raises(DataError) as caught:
-        check_pictures(open_set(workers=workers), no_progress)
+        check_pictures(open_set(workers=workers, on_error="raise"), no_progress)
     message = str(caught.value)
     assert message.startswith("2 records of the data set cannot be used:")
     assert f"{folder.name}/1.png: not a readable picture" in message

@@ -146,8 +146,8 @@ def test_broken_pictures_are_named_or_left_out(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe(flip=True)
     (Path(recipe.data.sources[0].path) / "001.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"(?s)1 record of the data set .*001\.png: not a readable picture"):
-        fill(recipe)
-    data, filled = fill(make_recipe(flip=True, on_error="skip"))
+        fill(make_recipe(flip=True, on_error="raise"))
+    data, filled = fill(recipe)
     assert [flaw.id for flaw in data.skipped] == ["pictures/001.png"]
     assert filled.latents is not None and len(filled.latents) == 4
     check(recipe, data, filled)

@@ -170,7 +170,7 @@ def public_recipe(recipe: Recipe, folder_names: bool) -> str:
 
 
 def _shared_source(source: SourceSection, folder_names: bool) -> SourceSection:
-    paths = {"path": source.path, "metadata_file": source.metadata_file}
+    paths = {"path": source.path, "metadata_file": source.metadata_file, "mask_folder": source.mask_folder}
     shared = {name: _last_name(path) if folder_names else LEFT_OUT for name, path in paths.items() if path is not None}
     return source.model_copy(update=shared)
 

@@ -12,7 +12,7 @@ from lora_kit.data.cache.fill import (
 )
 from lora_kit.data.cache.hints import PictureHints
 from lora_kit.data.cache.keys import View, latent_key, text_key
-from lora_kit.data.cache.latents import DiskLatents, DiskTexts, Moments
+from lora_kit.data.cache.latents import DiskLatents, DiskTexts
 from lora_kit.data.cache.maintenance import Pruning, Verified, plan_pruning, prune, verify_hints, verify_store
 from lora_kit.data.cache.pictures import Views, known_size, read_facts, survey
 from lora_kit.data.cache.store import CacheStore
@@ -27,7 +27,6 @@ __all__ = [
     "FillShare",
     "Filled",
     "LatentJob",
-    "Moments",
     "PictureHints",
     "Pruning",
     "SectionViews",

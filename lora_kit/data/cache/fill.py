@@ -80,6 +80,8 @@ class Filled(NamedTuple):
     """Record → why it cannot be used, in order."""
     encoded: int
     """Views that were encoded."""
+    notes: dict[int, str]
+    """Record → what was wrong with its picture but did not keep it from being read; of those that were read now."""
 
 
 def missing_pictures(
@@ -109,15 +111,17 @@ def fill_latents(
     facts = survey(records, hints)
     indices = share.of(missing_pictures(store, records, facts, job))
     if not indices:  # no worker is started for nothing
-        return Filled(facts, {}, 0)
+        return Filled(facts, {}, 0, {})
     loader: DataLoader[Loaded] = DataLoader(
         PictureFiles(records, indices, job.views), batch_size=None, **worker_options(job.workers)
     )
     work = _Encoder(store, hints, job, [record.id for record in records])
-    broken: dict[int, str] = {}
+    broken, notes = dict[int, str](), dict[int, str]()
     with store, closing(bar(loader, "Encoding pictures", len(indices))) as stream:
         for loaded in stream:
             facts[loaded.record] = loaded.facts
+            if loaded.note:
+                notes[loaded.record] = loaded.note
             if loaded.facts is None:
                 broken[loaded.record] = loaded.reason
             elif not (job.raises and broken):  # nothing is worth encoding then: only the others' names are
@@ -126,13 +130,14 @@ def fill_latents(
                 break
         work.finish()
     hints.flush()
-    return Filled(facts, dict(sorted(broken.items())), work.encoded)
+    return Filled(facts, dict(sorted(broken.items())), work.encoded, notes)
 
 
 class _Waiting(NamedTuple):
     key: bytes
     record: int
     pixels: Tensor
+    mask: Tensor | None
 
 
 class _Encoder:
@@ -151,13 +156,13 @@ class _Encoder:
     def add(self, loaded: Loaded, facts: Facts) -> None:
         if loaded.identity is not None:
             self.hints.add(loaded.identity, facts)
-        for view, pixels in loaded.pixels:
+        for view, pixels, mask in loaded.views:
             key = self.job.key(facts, view)
             if key in self.store or key in self._keys:
                 continue
             self._keys.add(key)
             group = self._waiting[(view.width, view.height)]
-            group.append(_Waiting(key, loaded.record, pixels))
+            group.append(_Waiting(key, loaded.record, pixels, mask))
             if len(group) == self.job.micro_batch:
                 self._encode((view.width, view.height))
         # Many sizes must not hold many pictures: the fullest goes as it is.
@@ -175,7 +180,12 @@ class _Encoder:
         dtype = STORED[self.job.stored]
         mean, std = mean.to("cpu", dtype), std.to("cpu", dtype)
         self._refuse_infinite(group, torch.isfinite(mean) & torch.isfinite(std))
-        wrote = [self.store.put(waiting.key, {"mean": mean[row], "std": std[row]}) for row, waiting in enumerate(group)]
+        wrote: list[bool] = []
+        for row, waiting in enumerate(group):
+            tensors = {"mean": mean[row], "std": std[row]}
+            if waiting.mask is not None:
+                tensors["mask"] = waiting.mask.to(dtype)
+            wrote.append(self.store.put(waiting.key, tensors))
         self._keys -= {waiting.key for waiting in group}
         self.encoded += len(group)
         if any(wrote):

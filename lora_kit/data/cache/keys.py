@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
 KEY_BYTES = 32
-FORMAT = 1
+FORMAT = 2
 """Raise it when the same key would stand for other numbers: a change of decoding, cropping or what is stored."""
 
 StoredDtype = Literal["fp32", "fp16"]
@@ -29,16 +29,18 @@ class View(NamedTuple):
     resample: str = "lanczos"
     """Name of the scaling filter."""
     background: str = "white"
-    """What transparent pictures are laid over."""
+    """What transparent pictures are laid over; `mask`: white, and their alpha is a mask."""
+    mask: int = 0
+    """Pixels of the side of the squares that a mask is averaged over. 0: no mask is kept."""
 
 
 def latent_key(picture: bytes, view: View, vae: str, stored: StoredDtype) -> bytes:
     """The key of a picture's latent distribution, 32 bytes.
 
-    picture: SHA-256 of the file's bytes; vae: `vae_fingerprint`; stored: precision on disk.
+    picture: `Facts.sha256`; vae: `vae_fingerprint`; stored: precision on disk.
     """
     box = (repr(float(edge) + 0.0) for edge in view.box)  # 3 is 3.0, and -0.0 is 0.0
-    shape = (str(view.width), str(view.height), str(int(view.flip)), view.resample, view.background)
+    shape = (str(view.width), str(view.height), str(int(view.flip)), view.resample, view.background, str(view.mask))
     return _hash("latent", (picture.hex(), *shape, *box, vae, stored))
 
 

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 from torch import Tensor
 
 from lora_kit.data.cache.keys import KEY_BYTES
 from lora_kit.data.cache.store import CacheStore
-
-
-class Moments(NamedTuple):
-    """A latent's distribution, float32 [c, h, w] each, unscaled."""
-
-    mean: Tensor
-    std: Tensor
+from lora_kit.data.samples import Latent
 
 
 class DiskLatents:
     """The latents of each place of a training set. Can be pickled; 32 bytes a view in memory, whatever its size."""
+
+    in_memory = False
 
     def __init__(self, store: CacheStore, keys: Sequence[Sequence[bytes]]) -> None:
         """Keys: of each place, the picture's and, where pictures are flipped, its mirror image's."""
@@ -31,11 +26,14 @@ class DiskLatents:
         """Places."""
         return len(self._keys) // (KEY_BYTES * self.versions)
 
-    def read(self, place: int, mirrored: bool = False) -> Moments | None:
+    def read(self, place: int, mirrored: bool = False) -> Latent | None:
         """The latents at a place, or None if the entry was damaged, or pruned, since the cache was filled."""
         begin = (place * self.versions + mirrored) * KEY_BYTES
         tensors = self.store.get(self._keys[begin : begin + KEY_BYTES])
-        return Moments(tensors["mean"].float(), tensors["std"].float()) if tensors else None
+        if tensors is None:
+            return None
+        mask = tensors.get("mask")
+        return Latent(tensors["mean"].float(), tensors["std"].float(), None if mask is None else mask.float())
 
 
 class DiskTexts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Collection, Sequence
 from contextlib import closing
@@ -12,7 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lora_kit.data.cache.hints import PictureHints
-from lora_kit.data.cache.origin import identity, read_bytes
+from lora_kit.data.cache.origin import digest, identity, read_bytes
 from lora_kit.data.cache.shard import write_shard
 from lora_kit.data.cache.store import SHARD_BYTES, CacheStore
 from lora_kit.data.records import Record
@@ -139,6 +138,6 @@ def _leftovers(store: CacheStore) -> list[Path]:
 
 def _hash(record: Record) -> bytes | None:
     try:
-        return hashlib.sha256(read_bytes(record)).digest()
+        return digest(*read_bytes(record))
     except DataError:
         return None

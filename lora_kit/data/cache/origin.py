@@ -3,9 +3,11 @@ tell without reading them."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 import warnings
+from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,20 +24,36 @@ from lora_kit.errors import DataError
 if TYPE_CHECKING:
     from datasets import Dataset
 
+Opener = Callable[[], Image.Image]
 _SETTLED_NS = 2_000_000_000
 """File systems count time in steps of up to two seconds (FAT): a younger file could change and keep its time."""
 
 
 def identity(record: Record) -> str | None:
-    """What the picture's bytes are known by without reading them: path, size, modification time and inode.
+    """What the bytes of a picture, and of its mask, are known by without reading them: path, size, modification time
+    and inode.
 
     For a row of an HF data set, those of its table and the row; for a member of a tar shard, the shard's and its place.
     None where nothing of that kind is known, where the file is gone, or where it was written in the last two seconds.
     A change that keeps size and modification time is not seen: `lora-kit cache --verify` reads the bytes.
     """
-    if not isinstance(record.open, partial):
+    own = _identity(record.open)
+    if record.mask is None:
+        return own
+    mask = _identity(record.mask)
+    return f"{own}\x1dmask\x1d{mask}" if own and mask else None
+
+
+def digest(content: bytes, mask: bytes | None) -> bytes:
+    """What a picture's latents are keyed by: SHA-256 of its bytes, or of the hashes of its bytes and its mask's."""
+    own = hashlib.sha256(content).digest()
+    return own if mask is None else hashlib.sha256(own + hashlib.sha256(mask).digest()).digest()
+
+
+def _identity(opener: Opener) -> str | None:
+    if not isinstance(opener, partial):
         return None
-    opener, arguments = record.open.func, record.open.args
+    opener, arguments = opener.func, opener.args
     if opener is Image.open:
         return _file_identity(Path(arguments[0]))
     if opener is open_cell:
@@ -47,15 +65,20 @@ def identity(record: Record) -> str | None:
     return None
 
 
-def read_bytes(record: Record) -> bytes:
-    """The picture's file, whole. Raises DataError naming the record if it cannot be read."""
+def read_bytes(record: Record) -> tuple[bytes, bytes | None]:
+    """The picture's file, whole, and its mask's. Raises DataError naming the record if one cannot be read."""
+    content = _read(record, record.open)
+    return content, None if record.mask is None else _read(record, record.mask)
+
+
+def _read(record: Record, opener: Opener) -> bytes:
     reason = ""
     try:
-        if isinstance(record.open, partial) and record.open.func is Image.open:
-            return Path(record.open.args[0]).read_bytes()
+        if isinstance(opener, partial) and opener.func is Image.open:
+            return Path(opener.args[0]).read_bytes()
         with warnings.catch_warnings():  # a bomb is refused where the picture is decoded
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            held = _held_bytes(record)
+            held = _held_bytes(opener)
         if held is not None:
             return held
         reason = "its picture is no file, so that it has no bytes to know it by. Set data.cache to memory"
@@ -64,12 +87,13 @@ def read_bytes(record: Record) -> bytes:
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         read_picture(record)  # says it in its own words
         reason = f"not a readable picture ({error})"
-    raise DataError(f"{record.id}: {reason}")
+    what = "" if opener is record.open else "its mask: "
+    raise DataError(f"{record.id}: {what}{reason}")
 
 
-def _held_bytes(record: Record) -> bytes | None:
+def _held_bytes(opener: Opener) -> bytes | None:
     """The bytes of the file that Pillow reads the picture from, or None if there is none."""
-    with record.open() as opened:
+    with opener() as opened:
         file: Any = getattr(opened, "fp", None)
         if file is None:
             return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -11,14 +10,13 @@ from io import BytesIO
 from typing import NamedTuple
 
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lora_kit.data.buckets import Size
 from lora_kit.data.cache.hints import PictureHints
 from lora_kit.data.cache.keys import View
-from lora_kit.data.cache.origin import identity, read_bytes
-from lora_kit.data.cache.views import Facts, render
+from lora_kit.data.cache.origin import digest, identity, read_bytes
+from lora_kit.data.cache.views import Facts, Rendered, render
 from lora_kit.data.pictures import Picture, read_picture
 from lora_kit.data.records import Record
 from lora_kit.data.sizes import KnownSize
@@ -39,10 +37,11 @@ class Loaded(NamedTuple):
     """None if it is broken."""
     identity: str | None
     """What its bytes were known by, the same before and after they were read."""
-    pixels: list[tuple[View, Tensor]]
-    """Each view's float32 [3, height, width] in -1..1."""
+    views: list[Rendered]
     reason: str
     """Why it cannot be used; empty if it can."""
+    note: str = ""
+    """What was wrong with it but did not keep it from being read."""
 
 
 class PictureFiles(Dataset[Loaded]):
@@ -67,15 +66,18 @@ class PictureFiles(Dataset[Loaded]):
         if identity(record) != known_by:
             known_by = None  # it changed while it was read
         views = self.views(record, facts) if self.views else ()
-        return Loaded(index, facts, known_by, [(view, render(picture.image, view)) for view in views], "")
+        return Loaded(index, facts, known_by, [render(picture, view) for view in views], "", picture.note)
 
 
 def decode(record: Record) -> tuple[Facts, Picture]:
     """A picture and the facts of the very bytes that it was decoded from. Raises DataError naming the record."""
-    content = read_bytes(record)
-    picture = read_picture(replace(record, open=partial(Image.open, BytesIO(content))))
-    digest = hashlib.sha256(content).digest()
-    return Facts(digest, picture.image.width, picture.image.height, picture.animated), picture
+    content, mask = read_bytes(record)
+    held = replace(record, open=partial(Image.open, BytesIO(content)))
+    if mask is not None:
+        held = replace(held, mask=partial(Image.open, BytesIO(mask)))
+    picture = read_picture(held)
+    width, height = picture.image.size
+    return Facts(digest(content, mask), width, height, picture.animated), picture
 
 
 def survey(records: Sequence[Record], hints: PictureHints) -> list[Facts | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -13,6 +14,7 @@ from lora_kit.data.records import Flaw, Record, name_some
 from lora_kit.data.sources.filters import matching_rows, require_column
 from lora_kit.data.sources.kohya import named_groups, read_groups
 from lora_kit.data.sources.kohya_metadata import read_kohya_metadata
+from lora_kit.data.sources.masks import tell_masks
 from lora_kit.data.sources.metadata import METADATA_NAMES, Row, Table, read_table
 from lora_kit.data.sources.sidecars import read_sidecars
 from lora_kit.data.sources.source import FOREIGN_SUFFIXES, PICTURE_SUFFIXES, Found, Links, Place, has_suffix, inner_path
@@ -46,8 +48,9 @@ def _read_any(place: Place, folder: Path, files: Sequence[str]) -> Found:
         raise DataError(f"{place.origin}: layout: kohya, but {tables[0]} says what is in the folder. Keep one of them.")
     if tables:
         return _read_table(place, folder, folder / tables[0], files)
-    if section.where:
-        raise DataError(f"{place.origin}: where needs columns, and there is no {' or '.join(METADATA_NAMES)} in it.")
+    if section.where or section.mask_column is not None:
+        name = "where" if section.where else "mask_column"
+        raise DataError(f"{place.origin}: {name} needs columns, and there is no {' or '.join(METADATA_NAMES)} in it.")
     groups = named_groups(place, files)
     return read_groups(place, folder, files, groups) if groups else read_sidecars(place, folder, files)
 
@@ -57,13 +60,16 @@ def _read_table(place: Place, folder: Path, path: Path, files: Sequence[str]) ->
     if path.suffix.lower() == ".json":
         table = read_kohya_metadata(path, section.caption_column, folder, files)
     else:
-        wanted = ("file_name", section.caption_column, *section.where)
+        masks = () if section.mask_column is None else (section.mask_column,)
+        wanted = ("file_name", section.caption_column, *masks, *section.where)
         name = path.name if section.metadata_file else f"{place.label}/{path.name}"
         table = read_table(path, name, wanted, found.flaws)
     kept = _kept_rows(place, path.name, table)
     present, links = frozenset(files), Links(folder)
     for row in (table.rows[index] for index in kept):
         found.add(_table_record(place, row, present, links))
+    if section.mask_column is not None:
+        tell_masks(place, found, ())
     _notice_unnamed(place, path.name, table.rows, files, found)
     return found
 
@@ -73,6 +79,8 @@ def _kept_rows(place: Place, name: str, table: Table) -> list[int]:
     if table.rows:
         require_column("file_name", columns, place.origin, f"{name} must name the pictures in it")
         require_column(place.section.caption_column, columns, place.origin, "caption_column")
+    if table.rows and place.section.mask_column is not None:
+        require_column(place.section.mask_column, columns, place.origin, "mask_column")
     for column in where:
         require_column(column, columns, place.origin, "where")
     return matching_rows(
@@ -96,11 +104,20 @@ def _table_record(place: Place, row: Row, present: Collection[str], links: Links
     texts = texts_in(row.cells.get(place.section.caption_column), missed, place.section.caption_fallback)
     if isinstance(texts, str):
         return Flaw(record_id, texts)
-    return place.record(inner, texts, partial(Image.open, folder / inner))
+    record = place.record(inner, texts, partial(Image.open, folder / inner))
+    mask = row.cells.get(place.section.mask_column) if place.section.mask_column is not None else None
+    if mask is None or mask == "":
+        return record
+    inner_mask = inner_path(mask) if isinstance(mask, str) else None
+    if inner_mask is None or links.leave(inner_mask):
+        return Flaw(record_id, f"its mask {mask!r} leaves the data folder {folder}; only masks in it are read")
+    return replace(record, mask=partial(Image.open, folder / inner_mask))
 
 
 def _notice_unnamed(place: Place, table: str, rows: Sequence[Row], files: Sequence[str], found: Found) -> None:
-    named = {inner_path(name) for row in rows if isinstance(name := row.cells.get("file_name"), str)}
+    columns = [column for column in ("file_name", place.section.mask_column) if column is not None]
+    cells = (row.cells.get(column) for row in rows for column in columns)
+    named = {inner_path(name) for name in cells if isinstance(name, str)}
     unnamed = [name for name in files if has_suffix(name, PICTURE_SUFFIXES) and name not in named]
     if unnamed:
         found.notices.append(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_kit.data.records import Flaw, Record
 from lora_kit.data.sources.cells import Cell, open_cell
 from lora_kit.data.sources.filters import matching_rows, require_column
+from lora_kit.data.sources.masks import tell_masks
 from lora_kit.data.sources.source import Found, Place
 from lora_kit.data.sources.stream import read_stream
 from lora_kit.data.sources.texts import texts_in
@@ -32,25 +34,46 @@ def read_hub(place: Place, saved: bool = False) -> Found:
     saved: the place is a folder that `save_to_disk` wrote. Raises DataError if the data set cannot be loaded
     or lacks a column.
     """
-    import datasets
 
     _refuse_unused(place, saved)
     table = _load_saved(place) if saved else _load(place)
     section, columns = place.section, table.column_names
     require_column(section.image_column, columns, place.origin, "image_column")
     require_column(section.caption_column, columns, place.origin, "caption_column")
+    if section.mask_column is not None:
+        require_column(section.mask_column, columns, place.origin, "mask_column")
     for name in section.where:
         require_column(name, columns, place.origin, "where")
     kept = matching_rows(section.where, len(table), lambda name: table[name][:], place.origin)
-    pictures = table.select_columns([section.image_column])
-    if isinstance(table.features[section.image_column], datasets.Image):
-        pictures = pictures.cast_column(section.image_column, datasets.Image(decode=False))
+    pictures = _undecoded(table, section.image_column)
+    masks = _undecoded(table, section.mask_column) if section.mask_column is not None else None
     captions = table[section.caption_column][:]
     found = Found()
     folder = place.path if place.path is None or place.path.is_dir() else place.path.parent
     for row in kept:
-        found.add(_record(place, Cell(pictures, row, folder), captions[row]))
+        result = _record(place, Cell(pictures, row, folder), captions[row])
+        if isinstance(result, Record) and masks is not None and not _is_empty(masks, row):
+            result = replace(result, mask=partial(open_cell, *Cell(masks, row, folder)))
+        found.add(result)
+    if masks is not None:
+        tell_masks(place, found, ())
     return found
+
+
+def _undecoded(table: Dataset, column: str) -> Dataset:
+    """One column of pictures, alone."""
+    import datasets
+
+    pictures = table.select_columns([column])
+    if isinstance(table.features[column], datasets.Image):
+        pictures = pictures.cast_column(column, datasets.Image(decode=False))
+    return pictures
+
+
+def _is_empty(table: Dataset, row: int) -> bool:
+    """Whether the one cell of a row holds nothing; reads it."""
+    cell: Any = next(iter(table[row].values()))
+    return cell is None or cell == "" or (isinstance(cell, Mapping) and not any(cell.values()))
 
 
 def _record(place: Place, cell: Cell, caption: object) -> Record | Flaw:
@@ -68,6 +91,8 @@ def _refuse_unused(place: Place, saved: bool) -> None:
         for name, is_set in {
             "metadata_file": section.metadata_file is not None,
             "caption_suffix": section.caption_suffix is not None,
+            "mask_folder": section.mask_folder is not None,
+            "mask_suffix": section.mask_suffix is not None,
             "layout": section.layout == "kohya",
             "streaming": section.streaming and saved,
         }.items()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import BinaryIO, NamedTuple
 from PIL import Image
 
 from lora_kit.data.records import Flaw, Record, name_some
+from lora_kit.data.sources.masks import part_masks, tell_masks
 from lora_kit.data.sources.source import PICTURE_SUFFIXES, Found, Place, inner_path
 from lora_kit.data.sources.texts import sidecar_suffixes, sidecar_texts
 from lora_kit.errors import DataError
@@ -43,6 +45,8 @@ def read_shards(place: Place, shards: Sequence[Path]) -> Found:
     for shard in shards:
         name = "" if shard == place.path else f"{_name_in(place, shard)}/"
         _read_shard(place, shard, name, found, others)
+    if place.section.mask_suffix is not None:
+        tell_masks(place, found, ())
     if others:
         found.notices.append(
             f"{place.origin}: members that are neither pictures nor captions are left out: {len(others)} "
@@ -75,7 +79,7 @@ def _read_shard(place: Place, shard: Path, name: str, found: Found, others: list
             key, ending = _split(inner)
             # As in tar itself, a later member of the same name replaces the earlier one.
             spans.setdefault(key, {})[ending] = Span(shard, member.offset_data, member.size)
-    suffixes = sidecar_suffixes(place.section)
+    suffixes, masks = sidecar_suffixes(place.section), _take_masks(place, spans)
     with shard.open("rb") as file:
         for key, endings in spans.items():
             pictures = [ending for ending in endings if f".{ending}".lower() in PICTURE_SUFFIXES]
@@ -83,7 +87,17 @@ def _read_shard(place: Place, shard: Path, name: str, found: Found, others: list
                 f"{name}{key}.{ending}" for ending in endings if ending not in pictures and f".{ending}" not in suffixes
             ]
             if pictures:
-                found.add(_record(place, _Sample(name + key, pictures, endings), file))
+                result = _record(place, _Sample(name + key, pictures, endings), file)
+                if isinstance(result, Record) and key in masks:
+                    result = replace(result, mask=partial(open_span, *masks[key]))
+                found.add(result)
+
+
+def _take_masks(place: Place, spans: dict[str, dict[str, Span]]) -> dict[str, Span]:
+    """Key → its mask, taken out of the members; `0001-mask.png` is a key of its own, `0001.mask.png` an ending."""
+    names = {f"{key}.{ending}": (key, ending) for key, endings in spans.items() for ending in endings}
+    _, found = part_masks(names, place.section.mask_suffix)
+    return {stem: spans[names[name][0]].pop(names[name][1]) for stem, name in found.items()}
 
 
 class _Sample(NamedTuple):
@@ -165,6 +179,8 @@ def _refuse_unused(place: Place) -> None:
         "streaming": section.streaming,
         "metadata_file": section.metadata_file is not None,
         "layout": section.layout == "kohya",
+        "mask_folder": section.mask_folder is not None,
+        "mask_column": section.mask_column is not None,
     }
     unused = [name for name, is_set in settings.items() if is_set]
     if unused:

@@ -51,6 +51,7 @@ class Place:
             is_regularisation=section.regularisation,
             loss_weight=section.loss_weight,
             alpha=self.alpha,
+            from_base=section.target == "base",
         )
 
 

@@ -38,18 +38,20 @@ def read_stream(place: Place, name: str, files: Mapping[str, str] | None) -> Dat
     limit = section.max_records
     # The builder's folder in the cache names the data set, its configuration and its version.
     key = (str(builder.cache_dir), section.split, section.image_column, sorted(columns), limit)
-    if isinstance(columns[section.image_column], datasets.Image):
-        stream = stream.cast_column(section.image_column, datasets.Image(decode=False))
+    pictures = [column for column in (section.image_column, section.mask_column) if column is not None]
+    for column in pictures:
+        if isinstance(columns[column], datasets.Image):
+            stream = stream.cast_column(column, datasets.Image(decode=False))
     folder = place.path if place.path is None or place.path.is_dir() else place.path.parent
 
     def rows() -> Iterator[dict[str, Any]]:
         for row in islice(stream, limit):
-            picture = _embedded(row[section.image_column], folder)
-            yield {**{column: row[column] for column in columns}, section.image_column: picture}
+            held = {column: _embedded(row[column], folder) for column in pictures}
+            yield {**{column: row[column] for column in columns}, **held}
 
     loaded = datasets.Dataset.from_generator(
         rows,
-        features=datasets.Features({**columns, section.image_column: datasets.Image()}),
+        features=datasets.Features({**columns, **{column: datasets.Image() for column in pictures}}),
         fingerprint=hashlib.sha256(repr(key).encode()).hexdigest()[:32],
     )
     assert isinstance(loaded, datasets.Dataset)
@@ -60,6 +62,8 @@ def _columns(place: Place, features: Features) -> dict[str, Any]:
     """The columns that are needed, each with its type."""
     section = place.section
     asked = {"image_column": section.image_column, "caption_column": section.caption_column}
+    if section.mask_column is not None:
+        asked["mask_column"] = section.mask_column
     wanted = [*((column, field) for field, column in asked.items()), *((column, "where") for column in section.where)]
     for column, field in wanted:
         require_column(column, features, place.origin, field)

@@ -1,0 +1,50 @@
+"""What `combine`, `resize` and `extract` share. Import it only when a command runs: it imports torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+from torch import Tensor
+
+from lora_kit.errors import AdapterFileError
+from lora_kit.merging.extract_source import open_parameters
+from lora_kit.merging.lowrank import Budget
+from lora_kit.merging.lowrank_report import ModuleLoss, loss_document, loss_lines
+from lora_kit.merging.lowrank_updates import Weights
+from lora_kit.models.outline import TINY_FOLDER
+
+
+def budget_of(rank: int | None, keep: float | None) -> Budget:
+    """Raises RecipeError for neither, or values that make no sense."""
+    return Budget(rank=rank, keep=keep)
+
+
+def tell(losses: Sequence[ModuleLoss], notes: Sequence[str], out: Path, as_json: bool) -> None:
+    """The table of losses, or one JSON document, on stdout."""
+    if as_json:
+        document = {"out": str(out), "notes": list(notes), **loss_document(losses)}
+        typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+        return
+    typer.echo("\n".join([*(loss_lines(losses) if losses else []), *notes, f"wrote {out}"]))
+
+
+def base_weights(base: str | None) -> Weights | None:
+    """Weights of a base by module name, each mapped when it is asked for; None without a base."""
+    if base is None:
+        return None
+    parameters = open_parameters(base_path(base))
+
+    def weight(name: str) -> Tensor:
+        if f"{name}.weight" not in parameters.shapes:
+            raise AdapterFileError(f"{name}: {base} has no such weight")
+        return parameters.read(f"{name}.weight")
+
+    return weight
+
+
+def base_path(base: str) -> Path:
+    """`tiny` → the packaged base's folder; everything else is a path."""
+    return TINY_FOLDER if base == "tiny" else Path(base).expanduser()
