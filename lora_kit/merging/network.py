@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kit.adapters import LoraUpdate, Update, eject, load_adapter
-from lora_kit.adapters.state import is_plain_lora
-from lora_kit.errors import ModelError, RecipeError
+from lora_kit.errors import ModelError
 from lora_kit.merging.delta import ScaledUpdate, total_delta
 from lora_kit.merging.report import NetworkError
 from lora_kit.merging.weights import component_files
@@ -27,16 +26,6 @@ LATENT_SIDE = 32
 Networks = dict[str, nn.Module]
 Outputs = dict[str, Tensor]
 Updates = Mapping[str, Sequence[ScaledUpdate]]
-
-
-def check_live(updates: Updates) -> None:
-    """Raise RecipeError, before any work, if the updates cannot be made live to compare with."""
-    others = sorted({one.update.method for some in updates.values() for one in some if not is_plain_lora(one.update)})
-    if others:
-        raise RecipeError(
-            f"--verify-network: holds only for plain LoRA, which PEFT can apply live; got {', '.join(others)}. The "
-            "weights are verified without it."
-        )
 
 
 def compare_networks(base: Path, updates: Updates, out: Path) -> tuple[NetworkError, ...]:
