@@ -13,54 +13,65 @@ if TYPE_CHECKING:
     from lora_kit.adapters.formats.family import family_of
     from lora_kit.adapters.formats.header import CaptionFacts, TrainingFacts, public_recipe, training_metadata
     from lora_kit.adapters.formats.kohya import write_kohya
+    from lora_kit.adapters.fusing import FuseReport, fuse, unfuse
     from lora_kit.adapters.injection import eject, inject, trainable_parameters
     from lora_kit.adapters.io import RawAdapter, fit_adapter, read_adapter, read_raw
     from lora_kit.adapters.load import load_adapter
-    from lora_kit.adapters.scaling import set_scales
+    from lora_kit.adapters.scaling import Strength, apply_scales, set_scale
     from lora_kit.adapters.state import AdapterState, adapter_state
     from lora_kit.adapters.updates import LoraUpdate, Update
 
 __all__ = [
     "AdapterState",
     "CaptionFacts",
+    "FuseReport",
     "LoraUpdate",
     "RawAdapter",
+    "Strength",
     "TrainingFacts",
     "Update",
     "adapter_state",
+    "apply_scales",
     "eject",
     "family_of",
     "fit_adapter",
+    "fuse",
     "inject",
     "load_adapter",
     "public_recipe",
     "read_adapter",
     "read_raw",
-    "set_scales",
+    "set_scale",
     "trainable_parameters",
     "training_metadata",
+    "unfuse",
     "write_kohya",
 ]
 
 _HOMES = {
     "AdapterState": "state",
     "CaptionFacts": "formats.header",
+    "FuseReport": "fusing",
     "LoraUpdate": "updates",
     "RawAdapter": "io",
+    "Strength": "scaling",
     "TrainingFacts": "formats.header",
     "Update": "updates",
     "adapter_state": "state",
+    "apply_scales": "scaling",
     "eject": "injection",
     "family_of": "formats.family",
     "fit_adapter": "io",
+    "fuse": "fusing",
     "inject": "injection",
     "load_adapter": "load",
     "public_recipe": "formats.header",
     "read_adapter": "io",
     "read_raw": "io",
-    "set_scales": "scaling",
+    "set_scale": "scaling",
     "trainable_parameters": "injection",
     "training_metadata": "formats.header",
+    "unfuse": "fusing",
     "write_kohya": "formats.kohya",
 }
 
