@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 
-from lora_kit.adapters.state import is_plain_lora
 from lora_kit.errors import AdapterFileError, LoraKitError, RecipeError
 from lora_kit.merging.base import Base, open_base
 from lora_kit.merging.publish import check_out, remove, write_merged
@@ -67,8 +66,8 @@ def merge(
     options = options or MergeOptions()
     check_out(base, out)
     work = _work(base, adapters, options)
-    if options.verify_network:
-        _check_live(work.updates, options.unmerge)
+    if options.verify_network and options.unmerge:
+        raise RecipeError("--verify-network compares a merge with live adapters; an un-merge has none. Leave it out.")
     original = open_base(options.original) if options.original else None
 
     def inspect(written: list[WeightFile | None]) -> MergeReport:
@@ -173,17 +172,6 @@ def _report(work: _Work, out: Path, options: MergeOptions, written: list[WeightF
         unmerged=options.unmerge,
         bound=unmerge_bound(work.base, written, work.parts) if options.unmerge and options.verify else None,
     )
-
-
-def _check_live(updates: Updates, unmerge: bool) -> None:
-    """Raise RecipeError if the adapters cannot be made live to compare with."""
-    others = sorted({one.update.method for some in updates.values() for one in some if not is_plain_lora(one.update)})
-    if unmerge or others:
-        got = f"got {', '.join(others)}" if others else "an un-merge has none to compare with"
-        raise RecipeError(
-            f"--verify-network: holds only for plain LoRA, which can be applied live; {got}. Leave it out; a sample of "
-            "the weights is verified without it."
-        )
 
 
 def _networks(work: _Work, out: Path) -> tuple[NetworkError, ...]:
