@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from lora_kit.adapters.formats.container import read_safetensors
+from lora_kit.adapters.formats.container import open_safetensors
 from lora_kit.adapters.formats.fit import Split, fit, split
 from lora_kit.adapters.formats.layout import Layout
 from lora_kit.adapters.formats.recognise import recognise
@@ -28,8 +28,10 @@ def read_raw(path: Path) -> RawAdapter:
 
     Raises AdapterFileError for a file that is damaged or of a layout that cannot be read.
     """
-    tensors, metadata = read_safetensors(path)
-    layout = recognise(path, tensors.keys())
+    with open_safetensors(path) as file:
+        layout = recognise(path, [entry.name for entry in file.header.entries])  # before gigabytes are read
+        tensors = file.tensors()
+    metadata = file.header.metadata
     return RawAdapter(layout, split(layout, tensors, metadata), metadata)
 
 
