@@ -1,18 +1,25 @@
-"""Read an adapter file of any known layout."""
+"""Read an adapter of any known layout: a file, or PEFT's folder."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
+from lora_kit.adapters.formats import cloneofsimo, diffusers
+from lora_kit.adapters.formats.cloneofsimo import CloneOfSimo
 from lora_kit.adapters.formats.container import open_safetensors
+from lora_kit.adapters.formats.diffusers import Diffusers
 from lora_kit.adapters.formats.fit import Split, fit, split
 from lora_kit.adapters.formats.layout import Layout
+from lora_kit.adapters.formats.peft import Peft, beside_config, is_peft_folder, read_peft_folder
 from lora_kit.adapters.formats.recognise import recognise
 from lora_kit.adapters.state import AdapterState, weight_modules
+from lora_kit.errors import AdapterFileError
+from lora_kit.targeting import ModuleInfo
 
 
 class RawAdapter(NamedTuple):
@@ -21,6 +28,8 @@ class RawAdapter(NamedTuple):
     layout: Layout
     parts: Split
     metadata: dict[str, str]
+    embeddings: Mapping[str, Tensor] = MappingProxyType({})
+    """Learned tokens: what a prompt says → its vectors [width] or [n, width]."""
 
 
 def read_raw(path: Path) -> RawAdapter:
@@ -28,18 +37,47 @@ def read_raw(path: Path) -> RawAdapter:
 
     Raises AdapterFileError for a file that is damaged or of a layout that cannot be read.
     """
-    with open_safetensors(path) as file:
-        layout = recognise(path, [entry.name for entry in file.header.entries])  # before gigabytes are read
-        tensors = file.tensors()
-    metadata = file.header.metadata
-    return RawAdapter(layout, split(layout, tensors, metadata), metadata)
+    layout, tensors, metadata = _contents(path)
+    embeddings: dict[str, Tensor] = {}
+    if isinstance(layout, CloneOfSimo):
+        embeddings = {token: tensors.pop(token) for token in cloneofsimo.tokens(metadata, list(tensors))}
+    return RawAdapter(layout, split(layout, tensors, metadata), metadata, embeddings)
 
 
 def read_adapter(path: Path, components: Mapping[str, nn.Module]) -> AdapterState:
-    """The adapter under the dotted names of `components` (which may lie on the meta device), fp32 on the CPU.
+    """The adapter under the dotted names of `components` (which may lie on the meta device), on the CPU.
 
     Raises one AdapterFileError with everything that does not fit: unknown keys, missing halves, wrong shapes,
     NaN or infinite values. Never returns part of a file.
     """
-    layout, parts, metadata = read_raw(path)
-    return AdapterState(fit(path, layout, parts, weight_modules(components)), metadata)
+    return fitted(path, read_raw(path), weight_modules(components))
+
+
+def fitted(path: Path, raw: RawAdapter, modules: Mapping[str, ModuleInfo]) -> AdapterState:
+    """`read_adapter` for a file that is read already, against a module tree. Raises AdapterFileError as it does."""
+    updates = fit(path, raw.layout, raw.parts, modules)
+    return AdapterState(updates, raw.metadata, raw.embeddings)
+
+
+def _contents(path: Path) -> tuple[Layout, dict[str, Tensor], dict[str, str]]:
+    if is_peft_folder(path):
+        return read_peft_folder(path)
+    if path.is_dir():
+        raise AdapterFileError(
+            f"{path}: a folder without adapter_config.json, nor unet/ or text_encoder/ that have one. "
+            "An adapter is one .safetensors file, or a folder that PEFT saved."
+        )
+    with open_safetensors(path) as file:
+        keys = [entry.name for entry in file.header.entries]
+        metadata = file.header.metadata
+        layout = _described(path, recognise(path, keys), keys, metadata)  # before gigabytes are read
+        return layout, file.tensors(), metadata
+
+
+def _described(path: Path, layout: Layout, keys: Collection[str], metadata: Mapping[str, str]) -> Layout:
+    """The layout's reader, told what the header (or the config beside the file) says of this file's keys."""
+    if isinstance(layout, Diffusers):
+        return diffusers.with_header(path, metadata)
+    if isinstance(layout, CloneOfSimo):
+        return cloneofsimo.with_header(path, keys, metadata)
+    return beside_config(path) if isinstance(layout, Peft) else layout

@@ -78,8 +78,6 @@ def test_one_module_under_two_spellings_is_refused(
         (f"{TO_Q}.a1.weight", "GLoRA"),
         (f"{TO_Q}.on_input", "IA3"),
         (f"{TO_Q}.diff", "full-difference"),
-        ("base_model.model.x.lora_A.weight", "PEFT"),
-        ("unet:0:up", "cloneofsimo"),
         ("lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "Stable Diffusion XL"),
     ],
 )

@@ -6,27 +6,27 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
+from lora_kit.adapters.formats.cloneofsimo import CloneOfSimo
 from lora_kit.adapters.formats.diffusers import Diffusers
 from lora_kit.adapters.formats.kohya import Kohya
 from lora_kit.adapters.formats.layout import Layout
+from lora_kit.adapters.formats.peft import Peft
 from lora_kit.errors import AdapterFileError
 
-LAYOUTS: tuple[Layout, ...] = (Kohya(), Diffusers())
+LAYOUTS: tuple[Layout, ...] = (Kohya(), Diffusers(), Peft(), CloneOfSimo())
 
 # Checked in order: a DoRA file also has lora_down, and a Tucker LoCon also has lora_up.
 _NOT_YET = (
     (r"\.(dora_scale|lora_magnitude_vector)(\.|$)", "a DoRA (weight-decomposed) adapter"),
     (r"\.lora_mid\.weight$", "a LoCon adapter with Tucker decomposition (lora_mid)"),
     (r"\.hada_[wt]\d", "a LyCORIS LoHa adapter"),
+    (r"\.lora_B(\.default)?\.bias$", "a LoRA with trained biases (PEFT's lora_bias)"),
     (r"\.lokr_[wt]\d", "a LyCORIS LoKr adapter"),
     (r"\.(oft_blocks|oft_diag)$", "a LyCORIS OFT / BOFT adapter"),
     (r"^lora_.*\.(a1|a2|b1|b2)\.weight$", "a LyCORIS GLoRA adapter"),
     (r"^lora_.*\.on_input$", "a LyCORIS IA3 adapter"),
     (r"^lora_.*\.(w_norm|b_norm)$", "a LyCORIS adapter with trained norms"),
     (r"^lora_.*\.diff(_b)?$", "a LyCORIS full-difference adapter"),
-    (r"^base_model\.model\.", "an adapter in PEFT's folder layout"),
-    (r"^(unet|text_encoder):\d+:(up|down)$", "an adapter in cloneofsimo/lora's layout"),
-    (r"\.processor\.to_\w+_lora\.", "an adapter in diffusers' attention-processor layout of 2023"),
     (r"^lora_te[12]_|^text_encoder_2\.|^lora_unet_(input|output)_blocks_", "an adapter for Stable Diffusion XL"),
 )
 _NOT_AN_ADAPTER = (
@@ -60,7 +60,8 @@ def recognise(path: Path, keys: Collection[str]) -> Layout:
             raise AdapterFileError(f"{path}: this is {what}, not an adapter (it has {example!r})")
     raise AdapterFileError(
         f"{path}: unknown layout; its keys look like {next(iter(sorted(keys)))!r}. "
-        "Known: kohya (lora_unet_….lora_down.weight), diffusers (unet.….lora_A.weight)."
+        "Known: kohya and LyCORIS (lora_unet_….lora_down.weight), diffusers (unet.….lora_A.weight), "
+        "PEFT (base_model.model.….lora_A.weight), cloneofsimo/lora (unet:0:up)."
     )
 
 
