@@ -6,7 +6,8 @@ from lora_kit.adapters.inject import eject, inject, trainable_parameters
 from lora_kit.adapters.io import RawAdapter, read_adapter, read_raw
 from lora_kit.adapters.load import load_adapter
 from lora_kit.adapters.scaling import set_scales
-from lora_kit.adapters.state import AdapterState, LoraUpdate, adapter_state
+from lora_kit.adapters.state import AdapterState, adapter_state
+from lora_kit.adapters.updates import LoraUpdate, Update
 
 __all__ = [
     "AdapterState",
@@ -14,6 +15,7 @@ __all__ = [
     "LoraUpdate",
     "RawAdapter",
     "TrainingFacts",
+    "Update",
     "adapter_state",
     "eject",
     "family_of",

@@ -14,12 +14,14 @@ from lora_kit.adapters.formats.cloneofsimo import CloneOfSimo
 from lora_kit.adapters.formats.container import open_safetensors
 from lora_kit.adapters.formats.diffusers import Diffusers
 from lora_kit.adapters.formats.fit import Split, fit, split
-from lora_kit.adapters.formats.layout import Layout
+from lora_kit.adapters.formats.layout import Key, Layout
 from lora_kit.adapters.formats.peft import Peft, beside_config, is_peft_folder, read_peft_folder
 from lora_kit.adapters.formats.recognise import recognise
 from lora_kit.adapters.state import AdapterState, weight_modules
 from lora_kit.errors import AdapterFileError
 from lora_kit.targeting import ModuleInfo
+
+_SHOWN = 10
 
 
 class RawAdapter(NamedTuple):
@@ -38,6 +40,7 @@ def read_raw(path: Path) -> RawAdapter:
     Raises AdapterFileError for a file that is damaged or of a layout that cannot be read.
     """
     layout, tensors, metadata = _contents(path)
+    _refuse_twice(path, layout, tensors)
     embeddings: dict[str, Tensor] = {}
     if isinstance(layout, CloneOfSimo):
         embeddings = {token: tensors.pop(token) for token in cloneofsimo.tokens(metadata, list(tensors))}
@@ -45,7 +48,9 @@ def read_raw(path: Path) -> RawAdapter:
 
 
 def read_adapter(path: Path, components: Mapping[str, nn.Module]) -> AdapterState:
-    """The adapter under the dotted names of `components` (which may lie on the meta device), on the CPU.
+    """The adapter under the dotted names of `components` (which may lie on the meta device).
+
+    Tensors keep the precision they are stored in; they lie on the CPU.
 
     Raises one AdapterFileError with everything that does not fit: unknown keys, missing halves, wrong shapes,
     NaN or infinite values. Never returns part of a file.
@@ -72,6 +77,19 @@ def _contents(path: Path) -> tuple[Layout, dict[str, Tensor], dict[str, str]]:
         metadata = file.header.metadata
         layout = _described(path, recognise(path, keys), keys, metadata)  # before gigabytes are read
         return layout, file.tensors(), metadata
+
+
+def _refuse_twice(path: Path, layout: Layout, keys: Collection[str]) -> None:
+    """Two keys can be spellings of one part (`x.lora_A.weight`, `x.lora.down.weight`): neither may win silently."""
+    seen: dict[Key, str] = {}
+    problems: list[str] = []
+    for key in keys:
+        parsed = layout.parse(key)
+        if parsed is not None and seen.setdefault(parsed, key) != key:
+            problems.append(f"{seen[parsed]} and {key}")
+    if problems:
+        listed = "\n  ".join(problems[:_SHOWN])
+        raise AdapterFileError(f"{path}: {len(problems)} parts are in the file twice, under two names:\n  {listed}")
 
 
 def _described(path: Path, layout: Layout, keys: Collection[str], metadata: Mapping[str, str]) -> Layout:

@@ -1,33 +1,26 @@
-"""The neutral form of an adapter: module name → the low-rank update it describes."""
+"""The neutral form of an adapter: module name → the update it describes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from lora_kit.adapters.updates import LoraUpdate, Update
 from lora_kit.errors import AdapterFileError
 from lora_kit.targeting import ModuleInfo, Target, TargetPlan, module_tree
 
-
-class LoraUpdate(NamedTuple):
-    """ΔW = scale · (alpha / rank) · up · down (Hu et al. 2021, section 4.1)."""
-
-    down: Tensor
-    """Linear [r, in]; convolution [r, in, kh, kw]."""
-    up: Tensor
-    """Linear [out, r]; convolution [out, r, 1, 1]."""
-    alpha: float
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
 
 
 class AdapterState(NamedTuple):
     """All updates of one adapter file, under dotted names that start with the component (`unet.…`)."""
 
-    updates: dict[str, LoraUpdate]
+    updates: dict[str, Update]
     metadata: dict[str, str]
     """The file's header: strings only."""
     embeddings: Mapping[str, Tensor] = MappingProxyType({})
@@ -41,6 +34,8 @@ def weight_modules(components: Mapping[str, nn.Module]) -> dict[str, ModuleInfo]
 
 def lora_layers(components: Mapping[str, nn.Module], adapter_name: str) -> dict[str, LoraLayer]:
     """The injected layers that hold `adapter_name`, by dotted name, in the module tree's order."""
+    from peft.tuners.lora import LoraLayer  # here: PEFT takes seconds to import, and files need none of it
+
     return {
         f"{component}.{inner}": module
         for component, network in components.items()
@@ -59,6 +54,26 @@ def adapter_state(components: Mapping[str, nn.Module], adapter_name: str) -> dic
         )
         for name, layer in lora_layers(components, adapter_name).items()
     }
+
+
+def plain_lora(updates: Mapping[str, Update]) -> dict[str, LoraUpdate]:
+    """The updates, all of which must be pairs of factors and nothing more: what PEFT's LoRA layer holds.
+
+    Raises AdapterFileError naming the methods that are not.
+    """
+    plain = {name: update for name, update in updates.items() if is_plain_lora(update)}
+    others = sorted({update.method for name, update in updates.items() if name not in plain})
+    if others:
+        raise AdapterFileError(
+            f"{len(updates) - len(plain)} modules hold more than a plain LoRA's two factors ({', '.join(others)}); "
+            "only plain LoRA can be injected as LoRA layers"
+        )
+    return {name: update for name, update in plain.items() if isinstance(update, LoraUpdate)}
+
+
+def is_plain_lora(update: Update) -> bool:
+    """Whether the update is two factors: no Tucker core, no magnitude, no bias."""
+    return isinstance(update, LoraUpdate) and update.parts().keys() == {"down", "up"}
 
 
 def _copy(weight: Tensor | nn.Module) -> Tensor:

@@ -1,6 +1,6 @@
 """Fuse adapters into weights, and check the result."""
 
-from lora_kit.merging.delta import ScaledUpdate, total_delta
+from lora_kit.merging.delta import ScaledUpdate, rounding_bound, total_bias_delta, total_delta
 from lora_kit.merging.folder import merge_folder
 from lora_kit.merging.report import MergeReport, NetworkError, Verification, WeightCheck
 from lora_kit.merging.spectrum import UpdateSpectrum, spectra, spectrum
@@ -13,7 +13,9 @@ __all__ = [
     "Verification",
     "WeightCheck",
     "merge_folder",
+    "rounding_bound",
     "spectra",
     "spectrum",
+    "total_bias_delta",
     "total_delta",
 ]

@@ -41,7 +41,9 @@ def merge_component(
     merged = {key: _cast(tensor, dtype, key) for key, tensor in tensors.items()}
     keys = {name: _weight_key(files, tensors, name) for name in wanted}
     for name, key in keys.items():
-        exact = tensors[key].float() + total_delta(wanted[name])
+        weight = tensors[key].float()
+        delta = total_delta(wanted[name], weight=weight)
+        exact = weight if delta is None else weight + delta
         merged[key] = _cast(exact, dtype or tensors[key].dtype, key)
     shares = {
         name: rounding_share(tensors[keys[name]], merged[keys[name]], wanted[name]) for name in sample_of(list(wanted))

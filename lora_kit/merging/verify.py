@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_kit.adapters import AdapterState, eject, load_adapter, set_scales
 from lora_kit.errors import ModelError
-from lora_kit.merging.delta import ScaledUpdate, total_delta, total_magnitude
+from lora_kit.merging.delta import ScaledUpdate, rounding_bound, total_delta
 from lora_kit.merging.report import NetworkError, WeightCheck
 from lora_kit.models import ModelBundle
 
@@ -64,7 +64,9 @@ def add_in_place(components: Mapping[str, nn.Module], wanted: Mapping[str, Seque
         component, _, inner = name.partition(".")
         weight = components[component].get_submodule(inner).weight
         assert isinstance(weight, Tensor)
-        weight += total_delta(updates)
+        delta = total_delta(updates, weight=weight)
+        if delta is not None:
+            weight += delta
 
 
 def compare(adapted: Outputs, exact: Outputs, written: Outputs) -> tuple[NetworkError, ...]:
@@ -98,12 +100,11 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 def rounding_share(base: Tensor, merged: Tensor, updates: Sequence[ScaledUpdate]) -> float:
     """Largest error of a merged weight against float64, as a share of what rounding allows (at most 1).
 
-    With u = 2^-24 and R the summed ranks, the fp32 result is within (R + 4) · u · (|W| + Σ|s·up|·|down|) (Higham,
-    Accuracy and Stability of Numerical Algorithms, section 3.1); the cast adds half a unit in the last place.
+    The arithmetic is within `rounding_bound`; the cast adds half a unit in the last place.
     """
-    exact = base.double() + total_delta(updates, torch.float64)
-    ranks = sum(one.update.down.shape[0] for one in updates)
-    arithmetic = (ranks + 4) * 2.0**-24 * (base.double().abs() + total_magnitude(updates))
+    delta = total_delta(updates, torch.float64, base)
+    exact = base.double() if delta is None else base.double() + delta
+    arithmetic = rounding_bound(updates, base)
     limits = torch.finfo(merged.dtype)
     cast = limits.eps / 2 * (exact.abs() + arithmetic) + limits.smallest_normal * limits.eps / 2
     return float(((merged.double() - exact).abs() / (arithmetic + cast)).max())

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -148,7 +149,7 @@ def test_a_factor_that_overflows_is_refused_and_leaves_the_old_file(tmp_path: Pa
 
 def one_alpha(state: AdapterState) -> AdapterState:
     """The same updates, ranks as they are, with alpha 2 throughout."""
-    return AdapterState({name: update._replace(alpha=2.0) for name, update in state.updates.items()}, state.metadata)
+    return AdapterState({name: replace(update, alpha=2.0) for name, update in state.updates.items()}, state.metadata)
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.3, 1.0, -2.0])

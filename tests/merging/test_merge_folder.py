@@ -38,7 +38,8 @@ def test_every_weight_is_the_base_plus_all_updates(tiny_sd1_folder, tmp_path, ad
             wanted, size = before[key].double(), before[key].double().abs()
             for state, scale in states:
                 if name in state.updates and key.endswith(".weight"):
-                    down, up, alpha = state.updates[name]
+                    update = state.updates[name]
+                    down, up, alpha = update.down, update.up, update.alpha
                     rank = len(down)
                     delta = scale * alpha / rank * (up.double().flatten(1) @ down.double().flatten(1))
                     wanted = wanted + delta.view_as(wanted)

@@ -15,6 +15,7 @@ from torch import Tensor
 from lora_kit.adapters.formats.container import data_hash, legacy_hash, serialise
 from lora_kit.adapters.formats.layout import Key, RawUpdate, with_text_model
 from lora_kit.adapters.state import AdapterState
+from lora_kit.adapters.updates import LoraUpdate
 from lora_kit.errors import AdapterFileError
 from lora_kit.files import write_atomically
 from lora_kit.targeting import canonical_name
@@ -71,6 +72,8 @@ def kohya_tensors(state: AdapterState, dtype: torch.dtype | None = None) -> dict
         raise AdapterFileError("the adapter has no updates, there is nothing to write")
     tensors: dict[str, Tensor] = {}
     for name, update in state.updates.items():
+        if not isinstance(update, LoraUpdate):
+            raise AdapterFileError(f"{name}: cannot write a {update.method} update")
         if name.partition(".")[0] not in PREFIXES:
             raise AdapterFileError(f"{name}: kohya's layout knows only {', '.join(PREFIXES)}")
         flat = kohya_name(name)

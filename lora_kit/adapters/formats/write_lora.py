@@ -24,7 +24,9 @@ def unholdable(updates: Mapping[str, Update]) -> dict[str, str]:
     if plain and len(plain) + len(found) < len(updates):
         # `use_dora` is one switch for a whole network: beside DoRA, plain LoRA would be normalised too.
         doras = [name for name in updates if name not in found and name not in plain]
-        found |= dict.fromkeys(doras, "it is DoRA and others of the network are not, which PEFT's one switch cannot say")
+        found |= dict.fromkeys(
+            doras, "it is DoRA and others of the network are not, which PEFT's one switch cannot say"
+        )
     return found
 
 
