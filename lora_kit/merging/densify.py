@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ from lora_kit.errors import AdapterFileError
 
 WeightOf = Callable[[str], Tensor]
 """Dotted module name → the base's weight."""
+
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,11 @@ class Densified(NamedTuple):
     norm: float
     """‖ΔW‖."""
 
+    @property
+    def relative(self) -> float:
+        """The error as a share of ΔW; 0 if nothing changes."""
+        return self.error / self.norm if self.norm else 0.0
+
 
 def densify(
     name: str, update: Update, cut: Cut, dtype: torch.dtype | None = None, weight_of: WeightOf | None = None
@@ -68,10 +76,31 @@ def densify(
     return Densified(lora, float(error.norm()), float(matrix.norm()))
 
 
-def total_error(found: list[Densified]) -> float:
+def total_error(found: Iterable[Densified]) -> float:
     """√Σ error² / √Σ norm² over all modules."""
-    norm = math.sqrt(sum(one.norm**2 for one in found))
-    return math.sqrt(sum(one.error**2 for one in found)) / norm if norm else 0.0
+    pairs = [(one.error, one.norm) for one in found]
+    norm = math.hypot(*(norm for _, norm in pairs))
+    return math.hypot(*(error for error, _ in pairs)) / norm if norm else 0.0
+
+
+def densify_report(found: Mapping[str, Densified]) -> list[str]:
+    """Lines that tell the error in all, and of the worst modules."""
+    worst = sorted(found, key=lambda name: -found[name].relative)[:_SHOWN]
+    ranks = sorted(one.update.rank for one in found.values())
+    lines = [
+        f"{len(found)} modules have a low-rank form now (rank {ranks[0]} to {ranks[-1]}): ‖ΔW − low-rank‖ / ‖ΔW‖ is "
+        f"{total_error(found.values()):.2e} in all; worst:"
+    ]
+    return [*lines, *(f"  {found[name].relative:.2e}  rank {found[name].update.rank:4d}  {name}" for name in worst)]
+
+
+def densified_metadata(metadata: Mapping[str, str], updates: Mapping[str, Update]) -> dict[str, str]:
+    """The header of an adapter that is plain LoRA now: what sd-scripts' readers take from it."""
+    if "ss_network_module" not in metadata:
+        return dict(metadata)
+    rank = Counter(update.rank for update in updates.values()).most_common(1)[0][0]
+    facts = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
+    return {key: text for key, text in metadata.items() if key != "ss_network_args"} | facts
 
 
 def _delta(name: str, update: Update, weight_of: WeightOf | None) -> Tensor:
@@ -79,11 +108,11 @@ def _delta(name: str, update: Update, weight_of: WeightOf | None) -> Tensor:
         raise AdapterFileError(f"{name}: ΔW of {update.method} depends on the base's weight; name the base (--base)")
     weight = weight_of(name).double() if weight_of is not None and update.needs_weight else None
     delta = update.weight_delta(1.0, weight, torch.float64)
-    if delta is None or delta.ndim < 2 or update.changes_bias:
-        what = "biases" if delta is not None and delta.ndim >= 2 else "norms"
+    bias = None if delta is None else update.bias_delta(1.0, torch.ones(delta.shape[0], dtype=torch.float64))
+    if delta is None or delta.ndim < 2 or (bias is not None and bool(bias.any())):
         raise AdapterFileError(
-            f"{name}: its {update.method} update changes {what}, which no low-rank form holds. Merge the adapter into "
-            "its base instead (lora-kit merge), or keep kohya's layout."
+            f"{name}: its {update.method} update changes more than a matrix (a norm, or a bias), which no low-rank "
+            "form holds. Merge the adapter into its base instead (lora-kit merge), or keep kohya's layout."
         )
     return delta
 

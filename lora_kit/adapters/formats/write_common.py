@@ -22,7 +22,7 @@ def check_writable(state: AdapterState, layout: str) -> None:
         raise AdapterFileError("the adapter has no updates, there is nothing to write")
     others = sorted({name.partition(".")[0] for name in state.updates} - set(COMPONENTS))
     if others:
-        raise AdapterFileError(f"{', '.join(others)}: {layout}'s layout knows only {', '.join(COMPONENTS)}")
+        raise AdapterFileError(f"{', '.join(others)}: {layout} knows only {', '.join(COMPONENTS)}")
 
 
 def cast(part: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
