@@ -98,7 +98,9 @@ def with_header(path: Path, keys: Iterable[str], metadata: Mapping[str, str]) ->
         if match := _KEY.fullmatch(key):
             indices.setdefault(match[1], set()).add(int(match[2]))
     classes: dict[str, tuple[str, ...]] = {}
-    for component in indices:
+    for component, found in indices.items():
+        if missing := sorted(set(range(max(found))) - found):
+            raise AdapterFileError(f"{path}: {component}:{missing[0]} is missing ({len(missing)} in all). Get it anew.")
         if component not in metadata:
             raise AdapterFileError(f"{path}: its header does not say which classes of the {component} its layers are.")
         source = f"{path}: the header's {component}"
@@ -109,7 +111,7 @@ def with_header(path: Path, keys: Iterable[str], metadata: Mapping[str, str]) ->
                 f"{source}: lists the classes {ascii(unknown)[:200]}; known: {', '.join(_CLASSES[component])}. "
                 "The order of other layers in the diffusers of that day is not known here."
             )
-    return CloneOfSimo(classes, {one: max(found) + 1 for one, found in indices.items()}, str(path))
+    return CloneOfSimo(classes, {one: len(found) for one, found in indices.items()}, str(path))
 
 
 def tokens(metadata: Mapping[str, str], keys: Iterable[str]) -> list[str]:
