@@ -16,8 +16,9 @@ from lora_kit.adapters.formats.diffusers import Diffusers
 from lora_kit.adapters.formats.fit import Split, fit, split
 from lora_kit.adapters.formats.layout import Key, Layout
 from lora_kit.adapters.formats.peft import Peft, beside_config, is_peft_folder, read_peft_folder
+from lora_kit.adapters.formats.peft_alphas import outputs_first
 from lora_kit.adapters.formats.recognise import recognise
-from lora_kit.adapters.state import AdapterState, weight_modules
+from lora_kit.adapters.state import AdapterState, adaptable_modules
 from lora_kit.errors import AdapterFileError
 from lora_kit.targeting import ModuleInfo
 
@@ -40,6 +41,8 @@ def read_raw(path: Path) -> RawAdapter:
     Raises AdapterFileError for a file that is damaged or of a layout that cannot be read.
     """
     layout, tensors, metadata = _contents(path)
+    if isinstance(layout, Diffusers | Peft):
+        tensors = outputs_first(tensors)
     _refuse_twice(path, layout, tensors)
     embeddings: dict[str, Tensor] = {}
     if isinstance(layout, CloneOfSimo):
@@ -55,7 +58,7 @@ def read_adapter(path: Path, components: Mapping[str, nn.Module]) -> AdapterStat
     Raises one AdapterFileError with everything that does not fit: unknown keys, missing halves, wrong shapes,
     NaN or infinite values. Never returns part of a file.
     """
-    return fitted(path, read_raw(path), weight_modules(components))
+    return fitted(path, read_raw(path), adaptable_modules(components))
 
 
 def fitted(path: Path, raw: RawAdapter, modules: Mapping[str, ModuleInfo]) -> AdapterState:

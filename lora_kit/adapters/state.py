@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -29,12 +29,12 @@ class AdapterState(NamedTuple):
 
 def weight_modules(components: Mapping[str, nn.Module]) -> dict[str, ModuleInfo]:
     """Every linear and convolution by dotted name, as if nothing were injected (the meta device will do)."""
-    return modules_of(module_tree(components))
+    return {module.name: module for module in module_tree(components) if module.kind != "other"}
 
 
-def modules_of(tree: Iterable[ModuleInfo]) -> dict[str, ModuleInfo]:
-    """`weight_modules` of a tree that is known without the networks."""
-    return {module.name: module for module in tree if module.kind != "other"}
+def adaptable_modules(components: Mapping[str, nn.Module]) -> dict[str, ModuleInfo]:
+    """Every module with a weight by dotted name, norms too, as if nothing were injected: what a file may change."""
+    return {module.name: module for module in module_tree(components)}
 
 
 def lora_layers(components: Mapping[str, nn.Module], adapter_name: str) -> dict[str, LoraLayer]:

@@ -74,20 +74,23 @@ def _cut(densify: bool, rank: int | None, keep: float | None) -> Cut | None:
 def _state(file: Path, raw: RawAdapter, base: str | None) -> AdapterState:
     """The adapter under module names: those of the base, or of the first published family that it fits."""
     from lora_kit.adapters import family_of, fitted
-    from lora_kit.adapters.state import modules_of
     from lora_kit.models.known_trees import KNOWN_FAMILIES, known_tree
 
     if base is not None:
-        return fitted(file, raw, modules_of(_tree(base)))
+        return fitted(file, raw, _by_name(_tree(base)))
     told = family_of(raw.metadata)
     errors: list[AdapterFileError] = []
     for family in sorted(KNOWN_FAMILIES, key=lambda one: (one != told, one)):
         try:
-            return fitted(file, raw, modules_of(known_tree(family)))
+            return fitted(file, raw, _by_name(known_tree(family)))
         except AdapterFileError as error:
             errors.append(error)
     least = min(errors, key=lambda error: len(str(error)))
     raise AdapterFileError(f"{least}\nIt fits neither Stable Diffusion 1 nor 2. For another base pass --base.")
+
+
+def _by_name(tree: list[ModuleInfo]) -> dict[str, ModuleInfo]:
+    return {module.name: module for module in tree}
 
 
 def _tree(base: str) -> list[ModuleInfo]:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_kit.adapters.updates import LoraUpdate, Update
-
-FP32_ROUNDING = 2.0**-24
+from lora_kit.adapters.updates.base import FP32_ROUNDING
 
 
 class ScaledUpdate(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,7 +63,7 @@ def fit(path: Path, layout: Layout, parts: Split, modules: Mapping[str, ModuleIn
             problems.append(f"{spelling}: {name} is in the file twice, under two spellings")
             continue
         try:
-            found[name] = build_update(_copied(raw.parts), raw.alpha, modules[name].shape)
+            found[name] = _built(raw, modules[name])
         except AdapterFileError as error:
             problems.append(f"{spelling}: {error}")
     if problems:
@@ -76,6 +77,14 @@ def _message(path: Path, problems: list[str]) -> str:
     if len(problems) > SHOWN:
         lines.append(f"  … and {len(problems) - SHOWN} more")
     return "\n".join(lines)
+
+
+def _built(raw: RawUpdate, module: ModuleInfo) -> Update:
+    """The module's update. Raises AdapterFileError, without the module's name."""
+    update = build_update(_copied(raw.parts), raw.alpha, module.shape)
+    if update.bias_delta(1.0) is not None and module.parameters == prod(module.shape):
+        raise AdapterFileError("changes the module's bias, but it has none")
+    return update
 
 
 def _copied(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
-"""kohya's layout (sd-scripts), which AUTOMATIC1111, ComfyUI, InvokeAI and diffusers read.
+"""kohya's layout (sd-scripts), which AUTOMATIC1111, ComfyUI, InvokeAI and diffusers read, and LyCORIS's in it.
 
-Per module `<prefix>_<dotted name with "_" for ".">` + `.lora_down.weight`, `.lora_up.weight`, `.alpha`. "_" is also
-inside names, so a spelling is found by looking it up among the model's flattened names, never by splitting it.
+Per module `<prefix>_<dotted name with "_" for ".">` + `.lora_down.weight`, `.lora_up.weight`, `.alpha` (for the other
+methods see `formats.lycoris`). "_" is also inside names, so a spelling is found by looking it up among the model's
+flattened names, never by splitting it.
 """
 
 from __future__ import annotations
@@ -9,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from lora_kit.adapters.formats.layout import Key, RawUpdate, with_text_model
+from lora_kit.adapters.formats.lycoris import SUFFIXES
 from lora_kit.targeting import canonical_name
 
 PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te"}
-_PARTS = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha"}
+WRAPPER_PREFIX = "lycoris"
+"""What LyCORIS's own wrapper (`create_lycoris`) puts before the names of whatever network it wraps: for us the UNet."""
+_PREFIXES = (*PREFIXES.values(), WRAPPER_PREFIX)
 
 
 class Kohya:
@@ -23,15 +27,17 @@ class Kohya:
     def parse(self, key: str) -> Key | None:
         """`lora_unet_x.lora_down.weight` → (`lora_unet_x`, `down`)."""
         module, _, suffix = key.partition(".")
-        if suffix not in _PARTS or not module.startswith(tuple(PREFIXES.values())):
+        if suffix not in SUFFIXES or not module.startswith(tuple(f"{one}_" for one in _PREFIXES)):
             return None
-        return Key(module, _PARTS[suffix])
+        return Key(module, SUFFIXES[suffix])
 
     def spellings(self, names: Iterable[str]) -> dict[str, str]:
-        """Both with and without the text encoder's inner `text_model`."""
+        """Both with and without the text encoder's inner `text_model`; the UNet's also as LyCORIS's wrapper has it."""
         found: dict[str, str] = {}
         for name in names:
             found[_flat(with_text_model(name))] = name
+            if name.startswith("unet."):
+                found[_flat(name).replace(PREFIXES["unet"], WRAPPER_PREFIX, 1)] = name
             found[_flat(canonical_name(name))] = name
         return found
 

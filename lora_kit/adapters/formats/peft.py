@@ -16,6 +16,7 @@ from torch import Tensor
 from lora_kit.adapters.formats.container import Contents, open_safetensors
 from lora_kit.adapters.formats.diffusers import COMPONENTS
 from lora_kit.adapters.formats.layout import Key, RawUpdate, with_text_model
+from lora_kit.adapters.formats.lycoris import SUFFIXES
 from lora_kit.adapters.formats.peft_alphas import alphas_of
 from lora_kit.adapters.formats.peft_rules import PeftRules, json_object, rules_from
 from lora_kit.errors import AdapterFileError
@@ -30,7 +31,7 @@ _SUFFIXES = {
     ".lora_A.weight": "down",
     ".lora_B.weight": "up",
     ".lora_magnitude_vector": "magnitude",
-}
+} | {f".{name}": name for name in SUFFIXES if name.startswith(("hada_", "lokr_"))}
 
 
 @dataclass(frozen=True)

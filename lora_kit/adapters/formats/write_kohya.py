@@ -9,19 +9,12 @@ from torch import Tensor
 
 from lora_kit.adapters.formats.container import data_hash, legacy_hash, serialise
 from lora_kit.adapters.formats.kohya import kohya_name
+from lora_kit.adapters.formats.lycoris import SUFFIX_OF
 from lora_kit.adapters.formats.write_common import alpha_tensor, carried, cast, check_writable
 from lora_kit.adapters.state import AdapterState
 from lora_kit.adapters.updates import Update
 from lora_kit.errors import AdapterFileError
 from lora_kit.files import write_atomically
-
-_SUFFIXES = {
-    "down": "lora_down.weight",
-    "up": "lora_up.weight",
-    "mid": "lora_mid.weight",
-    "magnitude": "dora_scale",
-}
-"""Neutral part → suffix, where they differ."""
 
 
 def kohya_tensors(state: AdapterState, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -59,8 +52,5 @@ def write_kohya(path: Path, state: AdapterState, dtype: torch.dtype | None = Non
 
 def _tensors(name: str, update: Update, dtype: torch.dtype | None) -> dict[str, Tensor]:
     flat = kohya_name(name)
-    found = {
-        f"{flat}.{_SUFFIXES.get(part, part)}": cast(tensor, dtype, name) for part, tensor in update.parts().items()
-    }
-    alpha = getattr(update, "alpha", None)
-    return found if alpha is None else found | {f"{flat}.alpha": alpha_tensor(alpha)}
+    found = {f"{flat}.{SUFFIX_OF[part]}": cast(tensor, dtype, name) for part, tensor in update.parts().items()}
+    return found if update.alpha is None else found | {f"{flat}.alpha": alpha_tensor(update.alpha)}

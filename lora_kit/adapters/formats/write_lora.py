@@ -10,17 +10,14 @@ import torch
 from torch import Tensor
 
 from lora_kit.adapters.formats.write_common import cast
+from lora_kit.adapters.state import is_plain_lora
 from lora_kit.adapters.updates import LoraUpdate, Update
 
 
 def unholdable(updates: Mapping[str, Update]) -> dict[str, str]:
     """Module → why PEFT's LoRA layers cannot hold its update; empty if they can hold all, bit for bit."""
     found = {name: reason for name, update in updates.items() if (reason := _reason(update)) is not None}
-    plain = [
-        name
-        for name, update in updates.items()
-        if name not in found and isinstance(update, LoraUpdate) and update.magnitude is None
-    ]
+    plain = [name for name, update in updates.items() if name not in found and is_plain_lora(update)]
     if plain and len(plain) + len(found) < len(updates):
         # `use_dora` is one switch for a whole network: beside DoRA, plain LoRA would be normalised too.
         doras = [name for name in updates if name not in found and name not in plain]
@@ -69,7 +66,9 @@ def _reason(update: Update) -> str | None:
         return f"its method is {update.method}"
     if update.mid is not None:
         return "it is a Tucker convolution (lora_mid)"
-    if update.magnitude is not None and update.magnitude.numel() != update.up.shape[0]:
+    if update.bias is not None:
+        return "it changes a bias too (diff_b)"
+    if update.magnitude is not None and update.magnitude.shape[0] != update.up.shape[0]:
         return "its DoRA magnitudes are those of the inputs, PEFT's are those of the outputs"
     return None
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
-from typing import ClassVar, NamedTuple, Self
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor
 
-from lora_kit.errors import AdapterFileError
+FP32_ROUNDING = 2.0**-24
+"""Unit roundoff of fp32."""
 
 Parts = Mapping[str, Tensor]
 """Neutral part name → tensor."""
@@ -26,8 +28,14 @@ class Factors(NamedTuple):
 
 
 class Update(ABC):
-    """What one adapter file does to one module (Hu et al. 2021; LyCORIS: Yeh et al. 2023). Subclasses are frozen."""
+    """What one adapter file does to one module. Subclasses are frozen dataclasses.
 
+    Formulas and what a strength other than 1 means follow LyCORIS 4.1.3 (Yeh et al. 2023, "Navigating Text-To-Image
+    Customization"; `get_merged_weight` of each of its modules). At strength 0 nothing changes, with any method.
+    """
+
+    alpha: float | None
+    """As the file has it; None: it has none."""
     method: ClassVar[str]
     needed: ClassVar[frozenset[str]]
     """Parts without which the update makes no sense."""
@@ -78,43 +86,41 @@ class Update(ABC):
         """Δbias [out] at strength `scale`; None: no change."""
         return None
 
-    def rounding(self, scale: float, weight: Tensor | None = None) -> Tensor:
-        """Element by element, how far `weight_delta` in fp32 may be from its exact value; float64.
-
-        Ask only where there is a ΔW. A first-order bound (Higham 2002, chapter 3) with a margin of two for the rest.
-        """
-        raise NotImplementedError(self.method)
-
     def factors(self, dtype: torch.dtype = torch.float32) -> Factors | None:
         """The exact low-rank form in `dtype`, or None where there is none (or it would be no smaller than ΔW)."""
         return None
 
+    @property
+    @abstractmethod
+    def roundings(self) -> int:
+        """Of how many fp32 roundings, one after the other, an element of ΔW is made (a dot of n terms counts n)."""
 
-def require(weight: Tensor | None, update: Update, dtype: torch.dtype) -> Tensor:
+    def rounding(self, scale: float, weight: Tensor | None = None) -> Tensor:
+        """Element by element, how far `weight_delta` in fp32 may be from its exact value; float64.
+
+        Ask only where there is a ΔW. For an expression of sums and products alone, n roundings one after the other
+        change it by at most n·u of its value with every tensor's absolute values put in (Higham 2002, section 3.1).
+        """
+        absolute = self._absolute().weight_delta(abs(scale), None if weight is None else weight.abs(), torch.float64)
+        assert absolute is not None, "ask for the rounding of a ΔW only where there is one"
+        return (self.roundings + 1) * FP32_ROUNDING * absolute
+
+    def _absolute(self) -> Self:
+        """The update with absolute values."""
+        own = {field.name: getattr(self, field.name) for field in fields(cast("Any", self))}
+        changes = {name: _absolute(value) for name, value in own.items()}
+        if own.get("alpha") is not None:
+            changes["alpha"] = abs(own["alpha"])
+        return cast("Self", replace(cast("Any", self), **changes))
+
+
+def _absolute(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _absolute(one) for name, one in cast("dict[str, Any]", value).items()}
+    return value.double().abs() if isinstance(value, Tensor) else value
+
+
+def required(weight: Tensor | None, update: Update, dtype: torch.dtype) -> Tensor:
     """The weight an update asks for, in `dtype`. Forgetting it is the caller's mistake."""
     assert weight is not None, f"ΔW of {update.method} depends on the module's weight: pass it"
-    return weight.to(dtype)
-
-
-def check_names(names: Collection[str], needed: Collection[str], allowed: Collection[str], method: str) -> None:
-    """Raise AdapterFileError unless `needed` ⊆ `names` ⊆ `allowed`."""
-    missing, extra = sorted(set(needed) - set(names)), sorted(set(names) - set(allowed))
-    problems: list[str] = []
-    if missing:
-        problems.append(f"the {' and '.join(missing)} {'half is' if len(missing) == 1 else 'halves are'} missing")
-    if extra:
-        problems.append(f"{', '.join(extra)} is no part of a {method} update")
-    if problems:
-        raise AdapterFileError("; ".join(problems))
-
-
-def reshaped(part: Tensor, shape: Shape) -> Tensor | None:
-    """The part in `shape`, or None. [a, b] and [a, b, 1, 1] are one matrix: files have both."""
-    if matrix_shape(tuple(part.shape)) != matrix_shape(shape):
-        return None
-    return part.reshape(shape)
-
-
-def matrix_shape(shape: Shape) -> Shape:
-    """Without a 1×1 kernel."""
-    return shape[:2] if shape[2:] == (1, 1) else shape
+    return weight.detach().to(dtype)
