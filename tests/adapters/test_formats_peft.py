@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_samples import bundle_of
-from library_outputs import assert_same, double_bundle, outputs, outputs_by_weight
+from library_outputs import TOLERANCE, assert_same, dora_tolerance, double_bundle, outputs, outputs_by_weight
 from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 
@@ -46,6 +46,7 @@ def lora(**more: Any) -> Any:
     [
         {},
         {"use_rslora": True},
+        {"use_dora": True},
         {"rank_pattern": {"attn2.*to_k": 2, "conv1": 3}, "alpha_pattern": {"to_out.0": 9, "^conv_in": 1}},
     ],
 )
@@ -53,7 +54,41 @@ def test_a_folder_of_the_unet(more: dict[str, Any], folder: Path, tmp_path: Path
     config = lora(target_modules=["to_q", "to_k", "to_out.0", "conv1", "conv_in", "proj_in"], **more)
     expected = saved_by_peft(folder, "unet", config, tmp_path / "a")
     state = read_adapter(tmp_path / "a", double_bundle(folder).components)
-    assert_same(outputs_by_weight(folder, state), expected)
+    tolerance = dora_tolerance(state) if "use_dora" in more else TOLERANCE
+    assert_same(outputs_by_weight(folder, state), expected, tolerance)
+
+
+@pytest.mark.parametrize("kind", ["LoHaConfig", "LoKrConfig"])
+@pytest.mark.parametrize("effective", [False, True])
+def test_peft_loha_and_lokr(kind: str, effective: bool, tiny_sd1_folder: Path, tmp_path: Path) -> None:
+    import peft
+
+    config = getattr(peft, kind)(
+        r=2,
+        alpha=3,  # PEFT rounds LoHa's alpha / r to fp32: here it is exact in it
+        target_modules=["to_q", "to_k", "conv1", "proj_in", "conv_in"],
+        rank_pattern={"attn2.to_k": 1},
+        alpha_pattern={"conv1": 5},
+        use_effective_conv2d=effective,
+        init_weights=False,
+    )
+    expected = saved_by_peft(tiny_sd1_folder, "unet", config, tmp_path / "a")
+    state = read_adapter(tmp_path / "a", double_bundle(tiny_sd1_folder).components)
+    assert {update.method for update in state.updates.values()} == {kind[:4].lower()}
+    assert_same(outputs_by_weight(tiny_sd1_folder, state), expected)
+
+
+def test_what_only_peft_can_say_of_a_lokr_is_refused(tiny_sd1_folder: Path, tmp_path: Path) -> None:
+    from peft import LoKrConfig
+
+    config = LoKrConfig(r=32, alpha=16, target_modules=["to_q"], init_weights=False)
+    saved_by_peft(tiny_sd1_folder, "unet", config, tmp_path / "a")
+    assert "both factors are whole, so only alpha = rank can be held" in said(tmp_path / "a", tiny_sd1_folder)
+
+
+def test_a_config_of_another_method_than_its_tensors_is_refused(peft_folder: Path, tiny_sd1_folder: Path) -> None:
+    (peft_folder / "adapter_config.json").write_text('{"peft_type": "LOHA", "r": 4, "alpha": 8}')
+    assert "its tensors are not those of the config's method, loha" in said(peft_folder, tiny_sd1_folder)
 
 
 def test_a_folder_of_the_text_encoder_is_known_by_its_names(folder: Path, tmp_path: Path) -> None:

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_samples import bundle_of, in_blocks, random_state
-from library_outputs import assert_same, outputs_by_weight, outputs_of_diffusers
+from adapter_samples import bundle_of, dora_state, in_blocks, random_state
+from library_outputs import assert_same, dora_tolerance, outputs_by_weight, outputs_of_diffusers
 from safetensors import safe_open
 
 from lora_kit.adapters import AdapterState, LoraUpdate, read_adapter, write_adapter
+from lora_kit.adapters.updates import build_update
 from lora_kit.errors import AdapterFileError
 from lora_kit.targeting import ModuleInfo
 
@@ -64,3 +65,18 @@ def test_a_component_that_the_layout_does_not_know_is_refused(tmp_path: Path) ->
     with pytest.raises(AdapterFileError, match="nothing to write"):
         write_adapter(tmp_path / "a", AdapterState({}, {}), "diffusers")
     assert not list(tmp_path.iterdir())
+
+
+def test_diffusers_loads_the_dora_that_we_write(folder: Path, tmp_path: Path) -> None:
+    state = dora_state(folder)
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    write_adapter(path, state, "diffusers")
+    assert_same(outputs_of_diffusers(folder, path), outputs_by_weight(folder, state), dora_tolerance(state))
+
+
+def test_dora_of_the_inputs_is_refused(tmp_path: Path) -> None:
+    """[1, in] beside [out, 1]: over a square weight only the orientation tells them apart."""
+    parts = {"down": torch.ones(1, 4), "up": torch.ones(4, 1), "magnitude": torch.ones(1, 4)}
+    state = AdapterState({"unet.x": build_update(parts, None, (4, 4))}, {})
+    with pytest.raises(AdapterFileError, match="its DoRA magnitudes are those of the inputs"):
+        write_adapter(tmp_path / "a", state, "diffusers")

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_samples import bundle_of, in_blocks, random_state
-from library_outputs import assert_same, double_bundle, outputs, outputs_by_weight
+from adapter_samples import bundle_of, dora_state, in_blocks, random_state
+from library_outputs import assert_same, dora_tolerance, double_bundle, outputs, outputs_by_weight
 
 from lora_kit.adapters import AdapterState, LoraUpdate, read_adapter, write_adapter
 from lora_kit.errors import AdapterFileError
@@ -34,6 +34,16 @@ def test_peft_loads_both_folders_that_we_write(folder: Path, tmp_path: Path) -> 
     write_adapter(tmp_path / "out", state, "peft")
     got = loaded_by_peft(folder, {one: tmp_path / "out" / one for one in ("unet", "text_encoder")})
     assert_same(got, outputs_by_weight(folder, state))
+
+
+def test_peft_loads_the_dora_that_we_write(folder: Path, tmp_path: Path) -> None:
+    state = dora_state(folder)
+    write_adapter(tmp_path / "out", state, "peft")
+    got = loaded_by_peft(folder, {one: tmp_path / "out" / one for one in ("unet", "text_encoder")})
+    assert_same(got, outputs_by_weight(folder, state), dora_tolerance(state))
+    again = read_adapter(tmp_path / "out", bundle_of(folder).components).updates
+    for name, update in state.updates.items():
+        assert all(torch.equal(again[name].parts()[part], tensor) for part, tensor in update.parts().items())
 
 
 def test_one_network_is_one_folder(folder: Path, tmp_path: Path) -> None:

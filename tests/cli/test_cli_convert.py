@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from adapter_samples import bundle_of, random_state
+from adapter_samples import bundle_of, lycoris_state, random_state
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lora_kit.adapters import AdapterState, write_kohya
+from lora_kit.adapters import AdapterState, read_adapter, refusals, write_kohya
+from lora_kit.adapters.updates import build_update
 from lora_kit.cli.main import main
 from lora_kit.models.known_trees import known_tree
 
@@ -134,3 +136,87 @@ def test_what_fits_no_published_base_says_what_to_do(tiny_sd1_folder: Path, tmp_
     write_kohya(tmp_path / "a", AdapterState(random_state(bundle_of(tiny_sd1_folder).components).updates, {}))
     assert run("convert", tmp_path / "a", "--to", "peft", "--out", tmp_path / "b") == 2
     assert "fits neither Stable Diffusion 1 nor 2. For another base pass --base" in capsys.readouterr().err
+
+
+@pytest.fixture
+def lycoris(folder: Path, tmp_path: Path) -> Path:
+    write_kohya(tmp_path / "lycoris.safetensors", lycoris_state(bundle_of(folder).components))
+    return tmp_path / "lycoris.safetensors"
+
+
+def test_kohya_holds_every_method_of_lycoris(lycoris: Path, folder: Path, tmp_path: Path) -> None:
+    assert run("convert", lycoris, "--to", "kohya", "--out", tmp_path / "b", "--base", folder) == 0
+    assert (tmp_path / "b").read_bytes() == lycoris.read_bytes()
+
+
+@pytest.mark.parametrize("to", ["diffusers", "peft"])
+def test_what_the_layout_cannot_hold_is_told(to: str, lycoris: Path, folder: Path, tmp_path: Path, capsys: Any) -> None:
+    assert run("convert", lycoris, "--to", to, "--out", tmp_path / "b", "--base", folder) == 2
+    told = capsys.readouterr().err
+    assert f"{to}'s layout cannot hold 10 of the updates; nothing was written" in told
+    for reason in ("method is loha", "method is boft", "Tucker", "it is DoRA and others of the network are not"):
+        assert reason in told
+    assert "pass --densify" in told
+    assert not (tmp_path / "b").exists()
+
+
+def matrices_alone(lycoris: Path, base: Path, out: Path) -> AdapterState:
+    """Without what no low-rank form holds: the norm, and the bias."""
+    state = read_adapter(lycoris, bundle_of(base).components)
+    kept = {name: one for name, one in state.updates.items() if one.parts().keys().isdisjoint({"w_norm", "diff_b"})}
+    write_kohya(out, state._replace(updates=kept))
+    return state._replace(updates=kept)
+
+
+def test_norms_and_biases_are_not_densified_away(lycoris: Path, folder: Path, tmp_path: Path, capsys: Any) -> None:
+    wanted = ["convert", lycoris, "--to", "peft", "--out", tmp_path / "b", "--base", folder, "--densify"]
+    assert run(*wanted) == 2
+    assert "changes more than a matrix (a norm, or a bias)" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("how", [["--keep", "1"], ["--rank", "3"], ["--keep", "0.9"]])
+def test_densified_is_as_near_as_it_says(
+    how: list[str], lycoris: Path, folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    state = matrices_alone(lycoris, folder, tmp_path / "a")
+    more = ["--base", folder, "--densify", *how, "--dtype", "fp32"]
+    assert run("convert", tmp_path / "a", "--to", "diffusers", "--out", tmp_path / "b", *more) == 0
+    printed = capsys.readouterr().out
+    components = bundle_of(folder).components
+    got = read_adapter(tmp_path / "b", components).updates
+    errors, norms = [], []
+    for name, update in state.updates.items():
+        component, _, inner = name.partition(".")
+        weight = components[component].get_parameter(f"{inner}.weight").detach().double()
+        dense = update.weight_delta(1.0, weight, torch.float64)
+        assert dense is not None
+        low = got[name].weight_delta(1.0, None, torch.float64)
+        assert low is not None
+        if name not in refusals(state, "diffusers"):
+            assert torch.equal(low, dense)  # what the layout holds is not touched, but for the cast
+            continue
+        errors.append(float((dense - low).norm()))
+        norms.append(float(dense.norm()))
+        # Eckart and Young: no form of that rank is nearer. fp32 factors are off by their rounding alone.
+        values = torch.linalg.svdvals(dense.flatten(1))
+        rounding = 4 * torch.finfo(torch.float32).eps * norms[-1]
+        assert errors[-1] <= float(values[got[name].rank :].norm()) + rounding
+        if how[0] == "--rank":
+            assert got[name].rank == 3
+        else:
+            assert 1 - (errors[-1] / norms[-1]) ** 2 >= float(how[1]) - 1e-9
+    total = math.hypot(*errors) / math.hypot(*norms)
+    told = float(printed.split("is ")[1].split(" in all")[0])
+    assert told == pytest.approx(total, rel=0.01)  # printed with three digits
+    header = metadata_of(tmp_path / "b")
+    assert header["ss_network_module"] == "networks.lora"
+    assert "ss_network_args" not in header
+
+
+def test_what_depends_on_the_weight_needs_the_base(tmp_path: Path, capsys: Any) -> None:
+    module = next(one for one in known_tree("sd1") if one.name.endswith("attn1.to_q"))
+    parts = {"weight": torch.ones(module.shape[1]), "on_input": torch.tensor(True)}
+    write_kohya(tmp_path / "a", AdapterState({module.name: build_update(parts, None, module.shape)}, {}))
+    assert run("convert", tmp_path / "a", "--to", "peft", "--out", tmp_path / "b", "--densify") == 2
+    assert "depends on the base's weight; name the base (--base)" in capsys.readouterr().err

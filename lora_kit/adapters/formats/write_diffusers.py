@@ -14,7 +14,7 @@ from lora_kit.adapters.formats.container import write_safetensors
 from lora_kit.adapters.formats.diffusers import COMPONENTS, CONFIG_KEY
 from lora_kit.adapters.formats.layout import with_text_model
 from lora_kit.adapters.formats.write_common import carried, check_writable
-from lora_kit.adapters.formats.write_lora import lora_config, lora_tensors
+from lora_kit.adapters.formats.write_lora import MAGNITUDE, lora_config, lora_tensors
 from lora_kit.adapters.state import AdapterState
 from lora_kit.adapters.updates import Update
 from lora_kit.targeting import canonical_name
@@ -36,7 +36,7 @@ def write_diffusers(path: Path, state: AdapterState, dtype: torch.dtype | None =
         own = {name: update for name, update in state.updates.items() if name.startswith(f"{component}.")}
         if not own:
             continue
-        tensors |= _tensors(own, dtype, _older_names(own))
+        tensors |= _tensors(own, dtype, _spellings(own))
         # Without the text encoder's inner `text_model`: PEFT matches the end of a name, so both spellings are found.
         inner = {canonical_name(name).partition(".")[2]: update for name, update in own.items()}
         config |= {f"{component}.{key}": value for key, value in lora_config(inner).items()}
@@ -53,7 +53,13 @@ def _tensors(updates: Mapping[str, Update], dtype: torch.dtype | None, renamed: 
     }
 
 
-def _older_names(updates: Mapping[str, Update]) -> Mapping[str, str]:
-    """diffusers' loader (0.42) recognises a text encoder by its attention layers or by the older names."""
-    text = any(name.startswith("text_encoder.") for name in updates)
-    return _OLDER if text and not any(name.endswith(_ATTENTION) for name in updates) else {}
+def _spellings(updates: Mapping[str, Update]) -> Mapping[str, str]:
+    """What the text encoder's keys end in, where it is not as in PEFT.
+
+    diffusers 0.42 recognises a text encoder by its attention layers or by the older names, and hands it to
+    transformers 5, which finds a magnitude only with `.weight` behind it. The UNet goes to PEFT, which takes both.
+    """
+    if not any(name.startswith("text_encoder.") for name in updates):
+        return {}
+    attention = any(name.endswith(_ATTENTION) for name in updates)
+    return {MAGNITUDE: f"{MAGNITUDE}.weight"} | ({} if attention else _OLDER)

@@ -13,6 +13,8 @@ from lora_kit.adapters.formats.write_common import cast
 from lora_kit.adapters.state import is_plain_lora
 from lora_kit.adapters.updates import LoraUpdate, Update
 
+MAGNITUDE = ".lora_magnitude_vector"
+
 
 def unholdable(updates: Mapping[str, Update]) -> dict[str, str]:
     """Module → why PEFT's LoRA layers cannot hold its update; empty if they can hold all, bit for bit."""
@@ -35,7 +37,7 @@ def lora_tensors(name: str, update: Update, dtype: torch.dtype | None) -> dict[s
         out = update.up.shape[0]
         # PEFT's own shapes: [out] over a linear layer, [1, out, 1, 1] over a convolution.
         shape = (1, out, 1, 1) if update.up.ndim == 4 else (out,)
-        found[".lora_magnitude_vector"] = cast(update.magnitude, dtype, name).reshape(shape)
+        found[MAGNITUDE] = cast(update.magnitude, dtype, name).reshape(shape)
     return found
 
 
