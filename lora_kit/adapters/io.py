@@ -23,6 +23,7 @@ from lora_kit.errors import AdapterFileError
 from lora_kit.targeting import ModuleInfo
 
 _SHOWN = 10
+_INTEGERS = {"alpha", "on_input"}
 
 
 class RawAdapter(NamedTuple):
@@ -44,6 +45,7 @@ def read_raw(path: Path) -> RawAdapter:
     if isinstance(layout, Diffusers | Peft):
         tensors = outputs_first(tensors)
     _refuse_twice(path, layout, tensors)
+    _refuse_integers(path, layout, tensors)
     embeddings: dict[str, Tensor] = {}
     if isinstance(layout, CloneOfSimo):
         embeddings = {token: tensors.pop(token) for token in cloneofsimo.tokens(metadata, list(tensors))}
@@ -93,6 +95,18 @@ def _refuse_twice(path: Path, layout: Layout, keys: Collection[str]) -> None:
     if problems:
         listed = "\n  ".join(problems[:_SHOWN])
         raise AdapterFileError(f"{path}: {len(problems)} parts are in the file twice, under two names:\n  {listed}")
+
+
+def _refuse_integers(path: Path, layout: Layout, tensors: Mapping[str, Tensor]) -> None:
+    """Alpha is an integer in some files; a factor that is one is quantised or damaged."""
+    problems = [
+        f"{key}: {tensor.dtype}"
+        for key, tensor in tensors.items()
+        if not tensor.is_floating_point() and (parsed := layout.parse(key)) is not None and parsed.part not in _INTEGERS
+    ]
+    if problems:
+        listed = "\n  ".join(problems[:_SHOWN])
+        raise AdapterFileError(f"{path}: {len(problems)} parts are integers, which no update is made of:\n  {listed}")
 
 
 def _described(path: Path, layout: Layout, keys: Collection[str], metadata: Mapping[str, str]) -> Layout:

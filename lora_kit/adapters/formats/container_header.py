@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import islice
 from typing import Any, NamedTuple, NoReturn, cast
 
@@ -34,6 +34,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 _OTHER_DTYPES = {"F8_E4M3", "F8_E5M2", "F8_E8M0", "F6_E2M3", "F6_E3M2", "F4", "C64", "U16", "U32", "U64"}
+_MAX_NAME = 512
 _MAX_DIMENSIONS = 8
 _MAX_MARKS = 24 * MAX_TENSORS  # one tensor's entry has about 14 of `{}[],:`
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
@@ -130,12 +131,15 @@ def _metadata(value: Any) -> dict[str, str]:
     return cast("dict[str, str]", metadata)
 
 
-def _check_names(texts: Iterable[str], names: Iterable[str]) -> None:
+def _check_names(texts: Iterable[str], names: Collection[str]) -> None:
     for text in texts:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise Damaged("its header holds half a surrogate pair, which is no character") from error
+    long = [name for name in names if len(name) > _MAX_NAME]
+    if long:
+        raise Damaged(f"it has tensor names of more than {_MAX_NAME} characters: {_listed(long)}")
     hidden = [name for name in names if not name.isprintable() or not name]
     if hidden:
         raise Damaged(f"it has tensor names that are empty or hold control characters: {_listed(hidden)}")
