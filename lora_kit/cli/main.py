@@ -21,6 +21,7 @@ COMMANDS = {
     "generate": "Draw prompts with a base and any number of scaled adapters.",
     "grid": "Draw strength × prompt × seed as one labelled picture.",
     "merge": "Merge adapters into a base's weights, and verify the result.",
+    "convert": "Write an adapter in another layout: kohya, diffusers or PEFT.",
     "inspect": "Show what is in an adapter file.",
     "schema": "Print the recipe's JSON schema, for editors.",
 }

@@ -187,7 +187,7 @@ def without(parts: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
         ({"oft_blocks": torch.zeros(3, 2, 4, 4)}, "make no butterfly"),
         (OFT | {"rescale": torch.ones(IN, 1)}, r"allowed: rescale \[8, 1\]"),
         ({"rescale": torch.ones(OUT, 1)}, "the oft_blocks half is missing"),
-        ({"diff": torch.ones(IN, OUT)}, r"diff \[6, 8\] do not fit the module's weight \[8, 6\]"),
+        ({"diff": torch.ones(IN, OUT)}, r"diff \[6, 8\] does not fit the module's weight \[8, 6\]"),
         ({"diff_b": torch.ones(IN)}, r"diff_b \[6\] does not fit the module's bias; allowed: \[8\]"),
         ({"w_norm": torch.ones(OUT)}, "w_norm is for a norm layer"),
         ({"b_norm": torch.ones(OUT)}, "the w_norm half is missing"),

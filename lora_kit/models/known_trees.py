@@ -1,0 +1,36 @@
+"""Module trees of the published Stable Diffusion bases, for reading an adapter's names without a base at hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lora_kit.models.architecture import text_encoder_tree, unet_tree
+from lora_kit.targeting import ModuleInfo
+
+_UNET: dict[str, Any] = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+}
+_FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "sd1": (
+        {"cross_attention_dim": 768, "use_linear_projection": False},
+        {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12},
+    ),
+    "sd2": (
+        {"cross_attention_dim": 1024, "use_linear_projection": True},
+        {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23},
+    ),
+}
+"""Family → what its UNet's and its text encoder's published configs add to what both families share."""
+
+KNOWN_FAMILIES = tuple(_FAMILIES)
+
+
+def known_tree(family: str) -> list[ModuleInfo]:
+    """UNet and text encoder of `sd1` or `sd2`, as `module_tree` gives them."""
+    unet, text = _FAMILIES[family]
+    return [*unet_tree(_UNET | unet), *text_encoder_tree(text)]
