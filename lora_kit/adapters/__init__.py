@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lora_kit.adapters.formats.family import family_of
     from lora_kit.adapters.formats.header import CaptionFacts, TrainingFacts, public_recipe, training_metadata
-    from lora_kit.adapters.formats.kohya import write_kohya
+    from lora_kit.adapters.formats.write import refusals, write_adapter
+    from lora_kit.adapters.formats.write_kohya import write_kohya
     from lora_kit.adapters.fusing import FuseReport, fuse, unfuse
     from lora_kit.adapters.injection import eject, inject, trainable_parameters
-    from lora_kit.adapters.io import RawAdapter, fit_adapter, read_adapter, read_raw
+    from lora_kit.adapters.io import RawAdapter, fitted, read_adapter, read_raw
     from lora_kit.adapters.load import load_adapter
     from lora_kit.adapters.scaling import Strength, apply_scales, set_scale, without_adapters
     from lora_kit.adapters.state import AdapterState, adapter_state
@@ -34,18 +35,20 @@ __all__ = [
     "apply_scales",
     "eject",
     "family_of",
-    "fit_adapter",
+    "fitted",
     "fuse",
     "inject",
     "load_adapter",
     "public_recipe",
     "read_adapter",
     "read_raw",
+    "refusals",
     "set_scale",
     "trainable_parameters",
     "training_metadata",
     "unfuse",
     "without_adapters",
+    "write_adapter",
     "write_kohya",
 ]
 
@@ -62,19 +65,21 @@ _HOMES = {
     "apply_scales": "scaling",
     "eject": "injection",
     "family_of": "formats.family",
-    "fit_adapter": "io",
+    "fitted": "io",
     "fuse": "fusing",
     "inject": "injection",
     "load_adapter": "load",
     "public_recipe": "formats.header",
     "read_adapter": "io",
     "read_raw": "io",
+    "refusals": "formats.write",
     "set_scale": "scaling",
     "trainable_parameters": "injection",
     "training_metadata": "formats.header",
     "unfuse": "fusing",
     "without_adapters": "scaling",
-    "write_kohya": "formats.kohya",
+    "write_adapter": "formats.write",
+    "write_kohya": "formats.write_kohya",
 }
 
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "generate": "Draw prompts with a base and any number of scaled adapters.",
     "grid": "Draw strength × prompt × seed as one labelled picture.",
     "merge": "Merge adapters into a base's weights, and verify the result.",
+    "convert": "Write an adapter in another layout: kohya, diffusers or PEFT.",
     "combine": "Write several adapters as one, exactly or at a lower rank.",
     "resize": "Cut an adapter to a rank or to a share of its energy.",
     "extract": "Write the difference of two bases as an adapter.",

@@ -47,6 +47,7 @@ class Delta(NamedTuple):
 
 
 _scratch = threading.local()
+_whole = threading.Lock()
 
 
 def working_dtype(stored: torch.dtype) -> torch.dtype:
@@ -83,9 +84,11 @@ def delta(part: Part | None, base: Tensor, dtype: torch.dtype) -> Delta:
 
 
 def _full(part: Part, update: Update, scale: float, base: Tensor, dtype: torch.dtype) -> Tensor | None:
-    original = base.to(dtype).reshape(part.shape) if update.needs_weight else None
-    found = (update.weight_delta if part.kind == "weight" else update.bias_delta)(scale, original, dtype)
-    return None if found is None else matrix(found.reshape(part.shape))
+    """ΔW as a whole. One thread at a time: a method's own arithmetic may hold several copies of a large weight."""
+    with _whole:
+        original = base.to(dtype).reshape(part.shape) if update.needs_weight else None
+        found = (update.weight_delta if part.kind == "weight" else update.bias_delta)(scale, original, dtype)
+        return None if found is None else matrix(found.reshape(part.shape))
 
 
 def blocks(base: Tensor, change: Delta, dtype: torch.dtype, key: str) -> Iterator[tuple[int, Tensor]]:

@@ -210,3 +210,25 @@ def test_pickles_that_hold_more_than_tensors(base, tmp_path, adapter):
     (base / UNET).unlink()
     torch.save({"a": os.system}, base / "unet" / "diffusion_pytorch_model.bin")
     refused(ModelError, "could run foreign code: refused", base, [adapter], tmp_path / "out")
+
+
+def test_a_network_that_is_not_the_adapted_one_is_taken_back(base, tmp_path, adapter, monkeypatch):
+    from lora_kit.merging import network
+
+    monkeypatch.setattr(network, "_add_in_place", lambda networks, updates: None)
+    match = "the merged network differs from the adapted one"
+    refused(ModelError, match, base, [adapter], tmp_path / "out", verify_network=True)
+
+
+def test_a_wrong_weight_is_found_by_the_sample(base, tmp_path, adapter, monkeypatch):
+    from lora_kit.merging import stream
+
+    right = stream.delta
+
+    def doubled(part, rows, dtype):
+        found = right(part, rows, dtype)
+        return found if found.up is None else found._replace(up=found.up * 1.001)
+
+    monkeypatch.setattr(stream, "delta", doubled)
+    refused(ModelError, "times further from its float64 value than rounding", base, [adapter], tmp_path / "out")
+    merge(base, [adapter], tmp_path / "out", MergeOptions(verify=False))
