@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lora_kit.adapters.formats.family import family_of
     from lora_kit.adapters.formats.header import CaptionFacts, TrainingFacts, public_recipe, training_metadata
-    from lora_kit.adapters.formats.kohya import write_kohya
+    from lora_kit.adapters.formats.write import refusals, write_adapter
+    from lora_kit.adapters.formats.write_kohya import write_kohya
     from lora_kit.adapters.injection import eject, inject, trainable_parameters
-    from lora_kit.adapters.io import RawAdapter, fit_adapter, read_adapter, read_raw
+    from lora_kit.adapters.io import RawAdapter, fit_adapter, fitted, read_adapter, read_raw
     from lora_kit.adapters.load import load_adapter
     from lora_kit.adapters.scaling import set_scales
     from lora_kit.adapters.state import AdapterState, adapter_state
@@ -31,14 +32,17 @@ __all__ = [
     "eject",
     "family_of",
     "fit_adapter",
+    "fitted",
     "inject",
     "load_adapter",
     "public_recipe",
     "read_adapter",
     "read_raw",
+    "refusals",
     "set_scales",
     "trainable_parameters",
     "training_metadata",
+    "write_adapter",
     "write_kohya",
 ]
 
@@ -53,6 +57,9 @@ _HOMES = {
     "eject": "injection",
     "family_of": "formats.family",
     "fit_adapter": "io",
+    "fitted": "io",
+    "refusals": "formats.write",
+    "write_adapter": "formats.write",
     "inject": "injection",
     "load_adapter": "load",
     "public_recipe": "formats.header",
@@ -61,7 +68,7 @@ _HOMES = {
     "set_scales": "scaling",
     "trainable_parameters": "injection",
     "training_metadata": "formats.header",
-    "write_kohya": "formats.kohya",
+    "write_kohya": "formats.write_kohya",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -22,6 +23,8 @@ class AdapterState(NamedTuple):
     updates: dict[str, Update]
     metadata: dict[str, str]
     """The file's header: strings only."""
+    embeddings: Mapping[str, Tensor] = MappingProxyType({})
+    """Learned tokens that came with the file: what a prompt says → its vectors [width] or [n, width]."""
 
 
 def weight_modules(components: Mapping[str, nn.Module]) -> dict[str, ModuleInfo]:

@@ -29,7 +29,7 @@ def command(
     wanted = [parse_adapter(text, "FILE[:WEIGHT]") for text in files]
     refuse_existing([out], overwrite)
 
-    from lora_kit.adapters.formats.kohya import write_kohya
+    from lora_kit.adapters import write_kohya
     from lora_kit.adapters.state import AdapterState
     from lora_kit.cli.ranks import base_weights, budget_of, tell
     from lora_kit.merging.combine import CombineOptions, combine

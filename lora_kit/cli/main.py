@@ -24,6 +24,7 @@ COMMANDS = {
     "combine": "Write several adapters as one, exactly or at a lower rank.",
     "resize": "Cut an adapter to a rank or to a share of its energy.",
     "extract": "Write the difference of two bases as an adapter.",
+    "convert": "Write an adapter in another layout: kohya, diffusers or PEFT.",
     "inspect": "Show what is in an adapter file.",
     "diff": "Compare two adapters module by module.",
     "schema": "Print the recipe's JSON schema, for editors.",

@@ -26,7 +26,7 @@ def command(
     """
     refuse_existing([out], overwrite)
 
-    from lora_kit.adapters.formats.kohya import write_kohya
+    from lora_kit.adapters import write_kohya
     from lora_kit.adapters.state import AdapterState
     from lora_kit.cli.ranks import budget_of, tell
     from lora_kit.merging.lowrank_files import open_adapters

@@ -1,4 +1,4 @@
-"""Module trees of the published Stable Diffusion networks: what adapters are read against where no base is named.
+"""Module trees of the published Stable Diffusion bases, for reading an adapter's names without a base at hand.
 
 Sources: the config.json files of stable-diffusion-v1-5 and stable-diffusion-2-1 (and the 9-channel inpainting ones).
 Imports neither torch nor diffusers.
@@ -18,24 +18,39 @@ _UNET: dict[str, Any] = {
     "in_channels": 4,
     "out_channels": 4,
     "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
     "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
     "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    "layers_per_block": 2,
 }
-_SD1 = {"cross_attention_dim": 768}
-_SD2 = {"cross_attention_dim": 1024, "use_linear_projection": True}
-_TEXT1 = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
-_TEXT2 = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23}
+_FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "sd1": (
+        {"cross_attention_dim": 768, "use_linear_projection": False},
+        {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12},
+    ),
+    "sd2": (
+        {"cross_attention_dim": 1024, "use_linear_projection": True},
+        {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23},
+    ),
+}
+"""Family → what its UNet's and its text encoder's published configs add to what both families share."""
 _INPAINTING = {"in_channels": 9}
+
+KNOWN_FAMILIES = tuple(_FAMILIES)
+
+
+def known_tree(family: str) -> list[ModuleInfo]:
+    """UNet and text encoder of `sd1` or `sd2`, as `module_tree` gives them."""
+    return _tree(family, {})
 
 
 @cache
 def known_trees() -> dict[str, tuple[ModuleInfo, ...]]:
-    """Name of a base → the modules of its UNet and text encoder, under dotted names; the commonest base first."""
-    trees = {
-        "sd1": (*unet_tree(_UNET | _SD1), *text_encoder_tree(_TEXT1)),
-        "sd2": (*unet_tree(_UNET | _SD2), *text_encoder_tree(_TEXT2)),
-        "sd1 inpainting": (*unet_tree(_UNET | _SD1 | _INPAINTING), *text_encoder_tree(_TEXT1)),
-        "sd2 inpainting": (*unet_tree(_UNET | _SD2 | _INPAINTING), *text_encoder_tree(_TEXT2)),
-    }
-    return trees | {"tiny": tuple(read_outline(ModelSection(base="tiny")).tree)}
+    """Name of a base → its `known_tree`; the inpainting models and `tiny` too; the commonest base first."""
+    plain = {family: tuple(known_tree(family)) for family in KNOWN_FAMILIES}
+    inpainting = {f"{family} inpainting": tuple(_tree(family, _INPAINTING)) for family in KNOWN_FAMILIES}
+    return plain | inpainting | {"tiny": tuple(read_outline(ModelSection(base="tiny")).tree)}
+
+
+def _tree(family: str, changes: dict[str, Any]) -> list[ModuleInfo]:
+    unet, text = _FAMILIES[family]
+    return [*unet_tree(_UNET | unet | changes), *text_encoder_tree(text)]

@@ -8,29 +8,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import os
+import stat
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lora_kit.adapters.formats.container_header import (
+    DTYPES,
+    MAX_HEADER,
+    Damaged,
+    Entry,
+    Header,
+    Unsupported,
+    parse_header,
+)
 from lora_kit.errors import AdapterFileError
 from lora_kit.files import write_atomically
 
-_DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x04")
 
 
 class Contents(NamedTuple):
@@ -40,37 +43,108 @@ class Contents(NamedTuple):
     metadata: dict[str, str]
 
 
-def read_safetensors(path: Path) -> Contents:
-    """All tensors (CPU, as stored) and the header's metadata.
+@dataclass(frozen=True)
+class Container:
+    """An open file whose header is checked; no tensor is read yet."""
 
-    Raises AdapterFileError if the file is missing, cut off, or not safetensors.
+    path: Path
+    header: Header
+    _file: FileIO
+    _offset: int
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors, on the CPU, as stored, in memory of their own. Raises AdapterFileError as they are read."""
+        before = os.fstat(self._file.fileno())
+        found = {entry.name: self._tensor(entry) for entry in self.header.entries}
+        after = os.fstat(self._file.fileno())
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            raise self._changed()
+        return found
+
+    def _tensor(self, entry: Entry) -> Tensor:
+        # Read, not mapped: a mapped file that another process cuts off ends this one (SIGBUS).
+        raw = torch.empty(entry.end - entry.start, dtype=torch.uint8)
+        view = raw.numpy().data
+        self._file.seek(self._offset + entry.start)
+        while len(view):
+            count = self._file.readinto(view)
+            if not count:
+                raise self._changed()
+            view = view[count:]
+        # A bool is 0 or 1 in memory; a file can hold any byte.
+        return (raw != 0 if entry.dtype == torch.bool else raw.view(entry.dtype)).reshape(entry.shape)
+
+    def _changed(self) -> AdapterFileError:
+        return AdapterFileError(f"{self.path}: was changed while it was being read. Try again once it is complete.")
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Generator[Container]:
+    """Open a file and check its whole header, so that its keys can be judged before its data is read.
+
+    Raises AdapterFileError if it is missing, no regular file, cut off, or not safetensors.
     """
-    if not path.is_file():
-        what = "a folder" if path.is_dir() else "no such file"
-        raise AdapterFileError(f"{path}: {what}. An adapter is one .safetensors file.")
+    with _open(path) as file:
+        header, offset = _header(path, file)
+        yield Container(path, header, file, offset)
+
+
+def read_safetensors(path: Path) -> Contents:
+    """All tensors (CPU, as stored, in memory of their own) and the header's metadata.
+
+    Raises AdapterFileError as `open_safetensors` does, and if the file changes meanwhile.
+    """
+    with open_safetensors(path) as file:
+        return Contents(file.tensors(), file.header.metadata)
+
+
+def _open(path: Path) -> FileIO:
+    """A a regular file. Opening a named pipe or a device does not wait for it, and is refused."""
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
-            return Contents(tensors, dict(file.metadata() or {}))
-    except SafetensorError as error:
-        raise AdapterFileError(f"{path}: {_diagnosis(path)} ({error}).") from error
+        # O_NONBLOCK: a pipe without a writer would block for ever. O_BINARY exists on Windows alone.
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except FileNotFoundError as error:
+        raise AdapterFileError(f"{path}: no such file. An adapter is one .safetensors file.") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise AdapterFileError(f"{path}: cannot be opened ({error}).") from error
+    mode = os.fstat(handle).st_mode
+    if stat.S_ISREG(mode):
+        return FileIO(handle, "rb")
+    os.close(handle)
+    what = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+    raise AdapterFileError(f"{path}: {what}. An adapter is one .safetensors file.")
 
 
-def _diagnosis(path: Path) -> str:
-    """Why the safetensors library cannot read this file, in the user's words."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(64)
+def _header(path: Path, file: FileIO) -> tuple[Header, int]:
+    """The checked header, and where the data begins."""
+    size, start = os.fstat(file.fileno()).st_size, file.read(64)
+    length = int.from_bytes(start[:8], "little")
+    if other := _other_kind(start):
+        raise AdapterFileError(f"{path}: {other}.")
+    if size < 8 or 8 + length > size:
+        said = f", its header alone should take {length}" if size >= 8 else ""
+        raise AdapterFileError(f"{path}: is cut off or damaged: it has {size} bytes{said}. Copy it again.")
+    if length > MAX_HEADER:
+        raise AdapterFileError(f"{path}: its header takes {length} bytes; allowed: {MAX_HEADER}. It is no adapter.")
+    file.seek(8)
+    try:
+        return parse_header(file.read(length), size - 8 - length), 8 + length
+    except Unsupported as error:
+        raise AdapterFileError(f"{path}: {error}.") from error
+    except Damaged as error:
+        raise AdapterFileError(f"{path}: is cut off or damaged, or no adapter: {error}.") from error
+
+
+def _other_kind(start: bytes) -> str | None:
+    """What a file that begins so is, if it is one that users often take for safetensors."""
     if start.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, not the file itself. Run `git lfs pull`"
-    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
+    if start.startswith(_PICKLES):
         return "is a pickled PyTorch file, not safetensors. Convert it to safetensors first"
-    if start.lstrip().startswith((b"<", b"{")):
+    # A header of 2⁴⁰ bytes and more: where its length should stand there is text.
+    if start.lstrip().startswith((b"<", b"{")) and start[5:8] != b"\0\0\0":
         return "is text, not safetensors (a saved web page or JSON). Download it again"
-    header = int.from_bytes(start[:8], "little")
-    if size < 8 or 8 + header > size or start[8:9] == b"{":
-        return f"is cut off or damaged: it has {size} bytes, fewer or more than its header says. Copy it again"
-    return "is not a safetensors file"
+    return None
 
 
 def serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

@@ -57,7 +57,9 @@ def fit(path: Path, layout: Layout, parts: Split, modules: Mapping[str, ModuleIn
     for spelling, raw in sorted(parts.updates.items()):
         name = spellings.get(spelling)
         if name is None:
-            problems.append(f"{spelling}: no such module in the model.{did_you_mean(spelling, spellings)}")
+            # Told for those that are shown: the search for near names takes long, and a hostile file has many.
+            hint = did_you_mean(spelling, spellings) if len(problems) < SHOWN else ""
+            problems.append(f"{spelling}: no such module in the model.{hint}")
             continue
         if name in found:
             problems.append(f"{spelling}: {name} is in the file twice, under two spellings")

@@ -8,17 +8,9 @@ flattened names, never by splitting it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from lora_kit.adapters.formats.container import data_hash, legacy_hash, serialise
 from lora_kit.adapters.formats.layout import Key, RawUpdate, with_text_model
-from lora_kit.adapters.formats.lycoris import SUFFIX_OF, SUFFIXES
-from lora_kit.adapters.state import AdapterState
-from lora_kit.errors import AdapterFileError
-from lora_kit.files import write_atomically
+from lora_kit.adapters.formats.lycoris import SUFFIXES
 from lora_kit.targeting import canonical_name
 
 PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te"}
@@ -65,50 +57,3 @@ def kohya_name(name: str) -> str:
 def _flat(name: str) -> str:
     component, _, rest = name.partition(".")
     return f"{PREFIXES[component]}_{rest.replace('.', '_')}"
-
-
-def kohya_tensors(state: AdapterState, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The file's tensors: factors in `dtype` (default: as they are), alpha as a 0-d fp32.
-
-    Raises AdapterFileError for an empty adapter, for a component kohya's layout has no prefix for, and for a factor
-    that is not finite (after the cast).
-    """
-    if not state.updates:
-        raise AdapterFileError("the adapter has no updates, there is nothing to write")
-    tensors: dict[str, Tensor] = {}
-    flat: set[str] = set()
-    for name, update in state.updates.items():
-        if name.partition(".")[0] not in PREFIXES:
-            raise AdapterFileError(f"{name}: kohya's layout knows only {', '.join(PREFIXES)}")
-        module = kohya_name(name)
-        if module in flat:
-            raise AdapterFileError(f"two modules have the name {module} in kohya's layout; it cannot hold both")
-        flat.add(module)
-        for part, tensor in update.parts().items():
-            tensors[f"{module}.{SUFFIX_OF[part]}"] = _cast(tensor, dtype, name)
-        if update.alpha is not None:
-            tensors[f"{module}.alpha"] = torch.tensor(update.alpha, dtype=torch.float32)
-    return tensors
-
-
-def _cast(factor: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
-    kept = dtype is None or not factor.is_floating_point()
-    cast = factor.detach().to("cpu", factor.dtype if kept else dtype)
-    if not bool(torch.isfinite(cast).all()):
-        raise AdapterFileError(f"{name}: the factor holds NaN or infinite values in {cast.dtype}; nothing was written")
-    return cast
-
-
-def write_kohya(path: Path, state: AdapterState, dtype: torch.dtype | None = None) -> str:
-    """Write the adapter, whole or not at all, with the same bytes for the same content.
-
-    Adds sd-scripts' two hashes to the metadata and returns `sshs_model_hash` (sha256 of the bytes after the header).
-    """
-    tensors = kohya_tensors(state, dtype)
-    own = {key: value for key, value in state.metadata.items() if not key.startswith("sshs_")}
-    hashed = serialise(tensors, {key: value for key, value in own.items() if key.startswith("ss_")})
-    model_hash = data_hash(hashed)
-    metadata = own | {"sshs_model_hash": model_hash, "sshs_legacy_hash": legacy_hash(hashed)}
-    data = serialise(tensors, metadata)
-    write_atomically(path, lambda temporary: temporary.write_bytes(data))
-    return model_hash

@@ -6,20 +6,20 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
+from lora_kit.adapters.formats.cloneofsimo import CloneOfSimo
 from lora_kit.adapters.formats.diffusers import Diffusers
 from lora_kit.adapters.formats.kohya import Kohya
 from lora_kit.adapters.formats.layout import Layout
+from lora_kit.adapters.formats.peft import Peft
 from lora_kit.errors import AdapterFileError
 
-LAYOUTS: tuple[Layout, ...] = (Kohya(), Diffusers())
+LAYOUTS: tuple[Layout, ...] = (Kohya(), Diffusers(), Peft(), CloneOfSimo())
 
 _NOT_YET = (
+    (r"\.lora_B(\.default)?\.bias$", "a LoRA with trained biases (PEFT's lora_bias)"),
     (r"\.oft_diag$", "an OFT adapter of LyCORIS 1.9 or earlier (oft_diag)"),
     (r"^oft_unet_", "an OFT adapter of sd-scripts"),
     (r"\.bias_(indices|values|size)$", "a LyCORIS extraction with sparse remainders (bias_indices)"),
-    (r"^base_model\.model\.", "an adapter in PEFT's folder layout"),
-    (r"^(unet|text_encoder):\d+:(up|down)$", "an adapter in cloneofsimo/lora's layout"),
-    (r"\.processor\.to_\w+_lora\.", "an adapter in diffusers' attention-processor layout of 2023"),
     (r"^lora_te[12]_|^text_encoder_2\.|^lora_unet_(input|output)_blocks_", "an adapter for Stable Diffusion XL"),
 )
 _NOT_AN_ADAPTER = (
@@ -53,7 +53,8 @@ def recognise(path: Path, keys: Collection[str]) -> Layout:
             raise AdapterFileError(f"{path}: this is {what}, not an adapter (it has {example!r})")
     raise AdapterFileError(
         f"{path}: unknown layout; its keys look like {next(iter(sorted(keys)))!r}. "
-        "Known: kohya (lora_unet_….lora_down.weight), diffusers (unet.….lora_A.weight)."
+        "Known: kohya and LyCORIS (lora_unet_….lora_down.weight), diffusers (unet.….lora_A.weight), "
+        "PEFT (base_model.model.….lora_A.weight), cloneofsimo/lora (unet:0:up)."
     )
 
 

@@ -47,7 +47,8 @@ def fitted(parts: Parts, wanted: Mapping[str, Shape], shape: Shape | None) -> di
     if len(whole) < len(found):
         target = "each other" if shape is None else f"the module's weight {list(shape)}"
         allowed = {name: list(wanted[name]) for name in found}
-        raise AdapterFileError(f"{_listed(_shapes(parts, found))} do not fit {target}; allowed: {_listed(allowed)}")
+        verb = "does" if len(found) == 1 else "do"
+        raise AdapterFileError(f"{_listed(_shapes(parts, found))} {verb} not fit {target}; allowed: {_listed(allowed)}")
     return whole
 
 

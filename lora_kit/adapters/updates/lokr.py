@@ -109,7 +109,7 @@ class LokrUpdate(Decomposable):
             return Factors(one, whole) if whole.shape[0] <= whole.shape[1] else Factors(whole, one)
         a, b = self.tensors[f"{name}_a"].to(dtype), self.tensors[f"{name}_b"].to(dtype)
         core = self.tensors.get("lokr_t2") if name == "lokr_w2" else None
-        return Factors(a, b) if core is None else Factors(a.T, unfolded(core.to(dtype), b))
+        return Factors(a, b) if core is None else Factors(a.T.contiguous(), unfolded(core.to(dtype), b))
 
     @property
     def roundings(self) -> int:

@@ -1,0 +1,161 @@
+"""`lora-kit convert`: an adapter in another layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from lora_kit.cli.options import DtypeName, refuse_existing, torch_dtype
+from lora_kit.errors import AdapterFileError, RecipeError
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_kit.adapters import AdapterState, RawAdapter
+    from lora_kit.merging.densify import Cut, WeightOf
+    from lora_kit.targeting import ModuleInfo
+
+SHOWN = 10
+
+
+def command(
+    file: Annotated[Path, typer.Argument(help="An adapter: a .safetensors file of any layout, or PEFT's folder.")],
+    to: Annotated[Literal["kohya", "diffusers", "peft"], typer.Option(help="The layout to write.")],
+    out: Annotated[Path, typer.Option(help="New file; for peft a new folder.")],
+    base: Annotated[
+        str | None,
+        typer.Option(help="The base, for its module names. Default: Stable Diffusion 1 or 2, whichever fits."),
+    ] = None,
+    captions: Annotated[
+        bool, typer.Option("--captions/--no-captions", help="Carry tag statistics and folder names over.")
+    ] = True,
+    densify: Annotated[
+        bool, typer.Option("--densify", help="Write a low-rank form of what the layout cannot hold; tells its error.")
+    ] = False,
+    rank: Annotated[int | None, typer.Option(min=1, help="With --densify: the rank of those modules.")] = None,
+    keep: Annotated[float | None, typer.Option(help="With --densify: the share of ΔW's energy to keep. 0.99")] = None,
+    dtype: Annotated[DtypeName | None, typer.Option(help="Cast to this. Default: as stored, bit for bit.")] = None,
+    tokens: Annotated[Path | None, typer.Option(help="New folder for learned tokens that came with the file.")] = None,
+) -> None:
+    """Write FILE in another layout, bit for bit, or say why that layout cannot hold it."""
+    cut = _cut(densify, rank, keep)
+    refuse_existing([path for path in (out, tokens) if path is not None], overwrite=False)
+
+    from lora_kit.adapters import read_raw, write_adapter
+
+    raw = read_raw(file)
+    state = _state(file, raw, base)
+    wanted = torch_dtype(dtype) if dtype else None
+    state, said = _holdable(state, to, cut, wanted, base)
+    _check_tokens(state, tokens)
+    write_adapter(out, state._replace(embeddings={}), to, wanted, captions)
+    if tokens is not None:
+        _write_tokens(tokens, state)
+    how = f"cast to {dtype}" if dtype else "those not named below bit for bit" if said else "bit for bit"
+    typer.echo("\n".join([f"{file} ({raw.layout.name}) → {out} ({to}): {len(state.updates)} modules, {how}", *said]))
+
+
+def _cut(densify: bool, rank: int | None, keep: float | None) -> Cut | None:
+    if not densify and (rank is not None or keep is not None):
+        raise RecipeError("--rank and --keep say how to --densify; pass it too, or leave them out")
+    if rank is not None and keep is not None:
+        raise RecipeError("--rank and --keep exclude each other")
+    if keep is not None and not 0 < keep <= 1:
+        raise RecipeError(f"--keep: got {keep}; allowed: a share of the energy, above 0 and up to 1")
+    if not densify:
+        return None
+    from lora_kit.merging.densify import Cut
+
+    return Cut(rank) if keep is None else Cut(rank, keep)
+
+
+def _state(file: Path, raw: RawAdapter, base: str | None) -> AdapterState:
+    """The adapter under module names: those of the base, or of the first published family that it fits."""
+    from lora_kit.adapters import family_of, fitted
+    from lora_kit.models.known_trees import KNOWN_FAMILIES, known_tree
+
+    if base is not None:
+        return fitted(file, raw, _by_name(_tree(base)))
+    told = family_of(raw.metadata)
+    errors: list[AdapterFileError] = []
+    for family in sorted(KNOWN_FAMILIES, key=lambda one: (one != told, one)):
+        try:
+            return fitted(file, raw, _by_name(known_tree(family)))
+        except AdapterFileError as error:
+            errors.append(error)
+    least = min(errors, key=lambda error: len(str(error)))
+    raise AdapterFileError(f"{least}\nIt fits neither Stable Diffusion 1 nor 2. For another base pass --base.")
+
+
+def _by_name(tree: list[ModuleInfo]) -> dict[str, ModuleInfo]:
+    return {module.name: module for module in tree}
+
+
+def _tree(base: str) -> list[ModuleInfo]:
+    from lora_kit.models.outline import read_outline
+    from lora_kit.recipe import ModelSection
+
+    return read_outline(ModelSection(base=base)).tree
+
+
+def _holdable(
+    state: AdapterState, to: str, cut: Cut | None, dtype: torch.dtype | None, base: str | None
+) -> tuple[AdapterState, list[str]]:
+    """The adapter as `to` can hold it, and what is to be told about it."""
+    from lora_kit.adapters import refusals
+
+    problems = refusals(state, to)
+    if not problems:
+        return state, []
+    if cut is None:
+        raise AdapterFileError(_refusal(to, problems))
+    from lora_kit.merging.densify import densified_metadata, densify, densify_report
+
+    weights = _weights(base) if base is not None else None
+    typer.echo(f"densifying {len(problems)} modules", err=True)
+    found = {name: densify(name, state.updates[name], cut, dtype, weights) for name in problems}
+    updates = state.updates | {name: one.update for name, one in found.items()}
+    metadata = densified_metadata(state.metadata, updates)
+    return state._replace(updates=updates, metadata=metadata), densify_report(found)
+
+
+def _refusal(to: str, problems: dict[str, str]) -> str:
+    lines = [f"{to}'s layout cannot hold {len(problems)} of the updates; nothing was written:"]
+    lines += [f"  {name}: {reason}" for name, reason in list(problems.items())[:SHOWN]]
+    lines += [f"  … and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+    return "\n".join([*lines, "Keep it in kohya's layout (--to kohya), or pass --densify for a low-rank form."])
+
+
+def _weights(base: str) -> WeightOf:
+    """The base's own weights by module name."""
+    from lora_kit.models import load_bundle
+    from lora_kit.recipe import ModelSection
+
+    components = load_bundle(ModelSection(base=base)).components
+
+    def weight_of(name: str) -> torch.Tensor:
+        component, _, inner = name.partition(".")
+        return components[component].get_parameter(f"{inner}.weight").detach()
+
+    return weight_of
+
+
+def _check_tokens(state: AdapterState, folder: Path | None) -> None:
+    if state.embeddings and folder is None:
+        raise AdapterFileError(
+            f"the file also has learned tokens ({', '.join(state.embeddings)}), which no adapter layout holds. "
+            "Pass --tokens FOLDER to write each into a file of its own, for `load_textual_inversion`."
+        )
+    if folder is not None and not state.embeddings:
+        raise AdapterFileError("--tokens: the file has no learned tokens; leave the option out")
+
+
+def _write_tokens(folder: Path, state: AdapterState) -> None:
+    """One file a token, under the token as its key: what diffusers' `load_textual_inversion` reads."""
+    from lora_kit.adapters.formats.container import write_safetensors
+
+    for index, (token, vectors) in enumerate(state.embeddings.items()):
+        plain = "".join(letter for letter in token if letter.isalnum() or letter in "-_") or f"token-{index}"
+        write_safetensors(folder / f"{plain}.safetensors", {token: vectors}, {})
