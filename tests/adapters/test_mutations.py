@@ -252,9 +252,9 @@ def test_fifty_thousand_damaged_files_are_read_or_refused(tiny_sd1_folder: Path,
     check(50_000, tiny_sd1_folder, tmp_path)
 
 
-def test_a_file_of_sixty_thousand_foreign_modules_is_refused(tiny_sd1_folder: Path, tmp_path: Path) -> None:
-    tensors = {f"lora_unet_{index}.lora_down.weight": torch.ones(1) for index in range(60_000)}
+def test_a_file_of_twenty_thousand_foreign_modules_is_refused(tiny_sd1_folder: Path, tmp_path: Path) -> None:
+    tensors = {f"lora_unet_{index}.lora_down.weight": torch.ones(1) for index in range(20_000)}
     (tmp_path / "a").write_bytes(serialise(tensors, {}))
-    with pytest.raises(AdapterFileError, match=r"60000 problems.*more"):
+    with pytest.raises(AdapterFileError, match=r"(?s)20000 problems.*and 19960 more"):
         read_adapter(tmp_path / "a", bundle_of(tiny_sd1_folder).components)
-    assert len(read_safetensors(tmp_path / "a").tensors) == 60_000
+    assert len(read_safetensors(tmp_path / "a").tensors) == 20_000

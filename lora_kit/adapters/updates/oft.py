@@ -169,6 +169,8 @@ def _fitted_blocks(parts: Parts, shape: Shape | None, kind: type[_Orthogonal]) -
     """`oft_blocks` and `rescale`, checked."""
     check_names(parts, kind.needed, kind.allowed, kind.method)
     blocks = parts["oft_blocks"]
+    if blocks.ndim not in (3, 4):
+        raise AdapterFileError(f"oft_blocks {list(blocks.shape)}: allowed are [blocks, b, b], [stages, blocks, b, b]")
     size = blocks.shape[-1]
     out = shape[0] if shape else blocks.shape[-3] * size
     if shape:
