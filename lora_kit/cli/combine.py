@@ -29,9 +29,9 @@ def command(
     wanted = [parse_adapter(text, "FILE[:WEIGHT]") for text in files]
     refuse_existing([out], overwrite)
 
-    from lora_kit.adapters.formats.kohya import write_kohya
+    from lora_kit.adapters import write_kohya
     from lora_kit.adapters.state import AdapterState
-    from lora_kit.cli.ranks import base_weights, budget_of, tell
+    from lora_kit.cli.ranks import base_weights, budget_of, tell, token_notes
     from lora_kit.merging.combine import CombineOptions, combine
     from lora_kit.merging.lowrank_files import open_adapters
     from lora_kit.merging.lowrank_header import derived_metadata
@@ -56,4 +56,4 @@ def command(
         record |= {"density": density} | ({"seed": seed} if method == "dare" else {})
     metadata = derived_metadata([one.state.metadata for one in opened], combined.updates, "combined", record)
     write_kohya(out, AdapterState(combined.updates, metadata))
-    tell(combined.losses, [], out, as_json)
+    tell(combined.losses, token_notes(opened), out, as_json)

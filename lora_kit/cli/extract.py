@@ -34,7 +34,7 @@ def command(
     """
     refuse_existing([out], overwrite)
 
-    from lora_kit.adapters.formats.kohya import write_kohya
+    from lora_kit.adapters import write_kohya
     from lora_kit.adapters.state import AdapterState
     from lora_kit.cli.ranks import base_path, budget_of, tell
     from lora_kit.merging.extract import ExtractOptions, extract

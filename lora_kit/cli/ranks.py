@@ -12,6 +12,7 @@ from torch import Tensor
 from lora_kit.errors import AdapterFileError
 from lora_kit.merging.extract_source import open_parameters
 from lora_kit.merging.lowrank import Budget
+from lora_kit.merging.lowrank_files import OpenedAdapter
 from lora_kit.merging.lowrank_report import ModuleLoss, loss_document, loss_lines
 from lora_kit.merging.lowrank_updates import Weights
 from lora_kit.models.outline import TINY_FOLDER
@@ -29,6 +30,16 @@ def tell(losses: Sequence[ModuleLoss], notes: Sequence[str], out: Path, as_json:
         typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
         return
     typer.echo("\n".join([*(loss_lines(losses) if losses else []), *notes, f"wrote {out}"]))
+
+
+def token_notes(opened: Sequence[OpenedAdapter]) -> list[str]:
+    """A note for each file with learned tokens, which belong to no module and are not written."""
+    return [
+        f"{one.path.name}: its learned tokens ({', '.join(one.state.embeddings)}) are left out, as kohya's layout "
+        "holds none; `lora-kit convert --tokens` saves them"
+        for one in opened
+        if one.state.embeddings
+    ]
 
 
 def base_weights(base: str | None) -> Weights | None:

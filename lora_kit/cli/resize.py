@@ -26,9 +26,9 @@ def command(
     """
     refuse_existing([out], overwrite)
 
-    from lora_kit.adapters.formats.kohya import write_kohya
+    from lora_kit.adapters import write_kohya
     from lora_kit.adapters.state import AdapterState
-    from lora_kit.cli.ranks import budget_of, tell
+    from lora_kit.cli.ranks import budget_of, tell, token_notes
     from lora_kit.merging.lowrank_files import open_adapters
     from lora_kit.merging.lowrank_header import derived_metadata
     from lora_kit.merging.resize import resize
@@ -41,4 +41,4 @@ def command(
     metadata = derived_metadata([opened.state.metadata], resized.updates, "resized", record)
     write_kohya(out, AdapterState(resized.updates, metadata))
     notes = [f"{len(resized.kept)} modules were within it already and are kept as they are"] if resized.kept else []
-    tell(resized.losses, notes, out, as_json)
+    tell(resized.losses, [*notes, *token_notes([opened])], out, as_json)

@@ -56,7 +56,6 @@ def inspect_file(
     except AdapterFileError as error:
         updates, misfit = built_updates(raw.parts.updates), str(error)
     spectra = [spectrum(name, update, dense, weights) for name, update in updates.items()]
-    embeddings = getattr(raw, "embeddings", {})
     return Inspection(
         path,
         raw.layout.name,
@@ -65,7 +64,7 @@ def inspect_file(
         misfit,
         tuple(spectra),
         tuple(block_norms(spectra)),
-        {token: tuple(tensor.shape) for token, tensor in embeddings.items()},
+        {token: tuple(tensor.shape) for token, tensor in raw.embeddings.items()},
         raw.parts.unknown,
         raw.metadata,
     )

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_kit.adapters.formats.fit import fit
-from lora_kit.adapters.io import RawAdapter, read_raw
+from lora_kit.adapters.io import RawAdapter, fitted, read_raw
 from lora_kit.adapters.state import AdapterState
 from lora_kit.errors import AdapterFileError
 from lora_kit.models.known_trees import known_trees
@@ -40,8 +39,8 @@ def open_adapters(paths: Sequence[Path], base: str | None = None) -> list[Opened
     raws = {path: read_raw(path) for path in paths}
     trees = {base: _tree(base)} if base is not None else known_trees()
     for name in _likely(list(raws.values()), trees):
-        fitted = {path: _fitted(path, raw, trees[name]) for path, raw in raws.items()}
-        states = {path: state for path, state in fitted.items() if isinstance(state, AdapterState)}
+        tried = {path: _fitted(path, raw, trees[name]) for path, raw in raws.items()}
+        states = {path: state for path, state in tried.items() if isinstance(state, AdapterState)}
         if len(states) == len(raws):
             return [OpenedAdapter(path, raws[path].layout.name, name, states[path], file_hash(path)) for path in paths]
     alone = {path: fitting_base(path, raw, base)[0] for path, raw in raws.items()}
@@ -95,6 +94,6 @@ def _unknown_names(raw: RawAdapter, tree: Sequence[ModuleInfo]) -> int:
 
 def _fitted(path: Path, raw: RawAdapter, tree: Sequence[ModuleInfo]) -> AdapterState | AdapterFileError:
     try:
-        return AdapterState(fit(path, raw.layout, raw.parts, {module.name: module for module in tree}), raw.metadata)
+        return fitted(path, raw, {module.name: module for module in tree})
     except AdapterFileError as error:
         return error

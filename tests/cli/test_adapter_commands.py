@@ -116,6 +116,24 @@ def test_resize_by_rank_and_by_energy(files: tuple[Path, Path], tmp_path: Path, 
     assert opened.state.metadata["ss_tag_frequency"] == "{}"
 
 
+def test_learned_tokens_are_named_when_they_are_left_out(tmp_path: Path, capsys) -> None:
+    """A file of cloneofsimo/lora's with a token beside the text encoder's updates."""
+    width = next(module.shape[0] for module in known_trees()["tiny"] if module.name.endswith("self_attn.q_proj"))
+    layers = sum(module.name.endswith("self_attn.q_proj") for module in known_trees()["tiny"])
+    tensors = {"<s1>": torch.ones(width)}
+    for index in range(4 * layers):
+        tensors[f"text_encoder:{index}:up"] = torch.ones(width, 2)
+        tensors[f"text_encoder:{index}:down"] = torch.ones(2, width)
+    metadata = {"text_encoder": '["CLIPAttention"]', "<s1>": "<embed>"}
+    metadata |= {f"text_encoder:{index}:rank": "2" for index in range(4 * layers)}
+    save_file(tensors, tmp_path / "tokens.safetensors", metadata)
+    assert run("inspect", tmp_path / "tokens.safetensors", "--base", "tiny") == 0
+    assert "<s1>: [" in capsys.readouterr().out
+    arguments = ["--rank", "1", "--out", tmp_path / "out.safetensors", "--base", "tiny"]
+    assert run("resize", tmp_path / "tokens.safetensors", *arguments) == 0
+    assert "its learned tokens (<s1>) are left out" in capsys.readouterr().out
+
+
 def test_commands_overwrite_nothing_unless_asked(files: tuple[Path, Path], capsys) -> None:
     before = files[1].read_bytes()
     assert run("resize", files[0], "--rank", "2", "--out", files[1]) == 2
