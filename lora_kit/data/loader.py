@@ -13,7 +13,7 @@ from lora_kit.data.batch import Batch
 from lora_kit.data.sampler import Share, StepSampler
 from lora_kit.data.samples import Sample, collate
 from lora_kit.data.training_set import TrainingSet
-from lora_kit.data.workers import worker_options
+from lora_kit.data.workers import held_signals, worker_options
 from lora_kit.recipe import Recipe
 
 
@@ -59,6 +59,7 @@ def make_batch_loader(training_set: TrainingSet, sampler: StepSampler, pin_memor
 
 
 def _steps(loader: DataLoader[Sample], sampler: StepSampler) -> Iterator[list[Batch]]:
-    batches: Iterator[Any] = iter(loader)
+    with held_signals():
+        batches: Iterator[Any] = iter(loader)
     for count in sampler.counts():
         yield list(islice(batches, count))

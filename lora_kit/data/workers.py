@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
+
+_HELD_BACK = (signal.SIGINT, signal.SIGTERM)
 
 
 def worker_options(workers: int) -> dict[str, Any]:
@@ -27,3 +31,21 @@ def leave_signals_to_parent(_worker: int) -> None:
     if os.name == "posix":
         os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        # Ignoring a signal for a moment discards one that reached the group before this process had left it.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD_BACK)
+
+
+@contextmanager
+def held_signals() -> Generator[None]:
+    """Hold signals back while workers are started: one that comes before a worker has left the group would end it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -66,8 +66,8 @@ class SourceSection(Section):
     """Factor of these pictures' loss."""
     regularisation: bool = False
     """These pictures keep what the base knows of a class (prior preservation; Ruiz et al. 2023, section 3.2) and are
-    no examples of the subject: the trigger word is not put before their captions. `loss_weight` is the weight of the
-    prior."""
+    no examples of the subject: the trigger word is not put before their captions. Where they are fewer samples than the
+    others, they are repeated until they are as many, unless sources have weights. `loss_weight` is the prior's."""
     target: Literal["picture", "base"] = "picture"
     """What is learnt from these pictures. `base`: to predict what the base model predicts for them under their
     captions, so that it stays as it is there; the training pictures themselves under the class's captions will do, and

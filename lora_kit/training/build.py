@@ -9,7 +9,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from lora_kit.adapters import inject, trainable_parameters
-from lora_kit.data import TrainingSet
+from lora_kit.data import Flaw, TrainingSet
+from lora_kit.data.records import name_some
 from lora_kit.models import ModelBundle, base_hash, load_bundle
 from lora_kit.progress import no_progress, progress
 from lora_kit.recipe import Recipe
@@ -57,10 +58,22 @@ class Run(NamedTuple):
         return HeldOut(pictures, section.held_out_timesteps, section.seed) if pictures is not None else None
 
     @property
+    def skipped(self) -> list[Flaw]:
+        """Pictures of the training and held-out sets that cannot be used."""
+        held_out = self.prepared.held_out
+        return [*self.data.skipped, *(held_out.skipped if held_out is not None else [])]
+
+    @property
     def notices(self) -> list[str]:
         """What the user should be told once about data and targets."""
         sets = [data for data in (self.data, self.prepared.held_out) if data is not None]
         notices = [*self.prepared.notices, *(notice for data in sets for notice in data.notices)]
+        if self.skipped:
+            names = name_some([flaw.id for flaw in self.skipped])
+            notices = [
+                *notices,
+                f"{len(self.skipped)} pictures cannot be used and are skipped: {names}. More at the end.",
+            ]
         if self.accelerator.num_processes > 1:
             notices = [f"{self.accelerator.num_processes} processes share each step's pictures.", *notices]
         if len({target.alpha for target in self.plan.targets}) > 1:

@@ -34,6 +34,8 @@ class Progress(NamedTuple):
     """The plan as JSON: a checkpoint fits only the plan it was made with."""
     base_losses: list[float]
     """Held-out losses of the untrained base."""
+    data: str = ""
+    """The training set's fingerprint."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -94,7 +96,7 @@ def load_checkpoint(
         for name, tensor in tensors.items():
             tensor.copy_(saved[name])
     _restore_optimizer(optimizer, moments, state["optimizer"])
-    return Progress(state["step"], state["plan"], state["base_losses"])
+    return Progress(state["step"], state["plan"], state["base_losses"], state["data"])
 
 
 def remove_old_checkpoints(folder: Path, keep: int) -> None:

@@ -10,7 +10,7 @@ from lora_kit.errors import RecipeError
 from lora_kit.recipe import Recipe
 from lora_kit.training.checkpoints import find_checkpoints
 
-OURS = ("adapter.safetensors", "model", "recipe.yaml", "plan.json", "metrics.jsonl", "result.json")
+OURS = ("adapter.safetensors", "model", "recipe.yaml", "plan.json", "metrics.jsonl", "result.json", "skipped.txt")
 OUR_FOLDERS = ("checkpoints", "samples", "logs")
 
 
@@ -28,6 +28,11 @@ class RunFolder(NamedTuple):
     def model(self) -> Path:
         """The result of a full fine-tune: a diffusers folder."""
         return self.root / "model"
+
+    @property
+    def skipped(self) -> Path:
+        """Pictures that could not be used, each with its reason."""
+        return self.root / "skipped.txt"
 
     @property
     def checkpoints(self) -> Path:

@@ -77,8 +77,13 @@ def _caption_facts(run: Run) -> CaptionFacts:
     """Comma-separated tags and their counts, as sd-scripts writes them, under the run's one set."""
     captions = run.data.captions()
     tags = Counter(tag.strip() for caption in captions for tag in caption.split(",") if tag.strip())
-    names = [Path(source.path).name for source in run.recipe.data.sources]
-    directories = {name: {"n_repeats": s.repeats} for name, s in zip(names, run.recipe.data.sources, strict=True)}
+    # The sources as they were read: those of a data-set TOML, and with the repeats that weights came to.
+    names = [Path(source.path).name for source in run.data.section.sources]
+    directories: dict[str, dict[str, int]] = {}
+    for index, name in enumerate(names):
+        mine = [record for record in run.data.records if record.source == index]
+        if mine:
+            directories[name] = {"n_repeats": max(record.repeats for record in mine), "img_count": len(mine)}
     return CaptionFacts(tag_frequency={"+".join(names): dict(tags)}, dataset_dirs=directories)
 
 

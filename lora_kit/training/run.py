@@ -31,6 +31,11 @@ from lora_kit.training.signals import InterruptedRunError, StopSignals
 from lora_kit.training.step import StepMetrics, training_step
 from lora_kit.training.validation import finish, measure_base, validate
 
+DATA_CHANGED = (
+    "The pictures, captions or repeats are not those that the checkpoint was made with: the run goes on with what is "
+    "there now, and is no longer the run that was begun."
+)
+
 
 class Outcome(NamedTuple):
     """What a finished run left."""
@@ -76,13 +81,16 @@ def train(recipe: Recipe) -> Outcome:
     if checkpoint is not None:
         progress = load_checkpoint(checkpoint, plan, _tensors(run), run.learner.optimizer.optimizer)
         run.average.resume_at(progress.step)
+        changed = progress.data != run.data.fingerprint
+        progress = progress._replace(data=run.data.fingerprint)
     else:
-        progress = Progress(0, plan, measure_base(run))
+        changed = False
+        progress = Progress(0, plan, measure_base(run), run.data.fingerprint)
     if run.accelerator.is_main_process:
         write_text(folder.root / "recipe.yaml", dump_recipe(recipe))
         write_text(folder.root / "plan.json", json.dumps(plan, indent=1) + "\n")
     with _metrics(run, folder, progress.step) as metrics:
-        for notice in run.notices:
+        for notice in [*run.notices, *([DATA_CHANGED] if changed else [])]:
             metrics.say(notice)
         try:
             return _train(run, folder, metrics, progress)
@@ -167,12 +175,12 @@ def _metrics(run: Run, folder: RunFolder, first_step: int) -> Metrics:
 
 
 def _list_skipped(run: Run, folder: RunFolder, metrics: Metrics) -> None:
-    skipped = run.data.skipped
+    skipped = run.skipped
     if not skipped:
         return
-    metrics.say(f"skipped {len(skipped)} pictures (data.on_error: skip); also in {folder.root / 'skipped.txt'}:")
+    metrics.say(f"skipped {len(skipped)} pictures (data.on_error: skip); also in {folder.skipped}:")
     lines = [f"{name}: {reason}" for name, reason in skipped]
     for line in lines[:20] + ([f"… {len(lines) - 20} more"] if len(lines) > 20 else []):
         metrics.say(f"  {line}")
     if run.accelerator.is_main_process:
-        write_text(folder.root / "skipped.txt", "\n".join(lines) + "\n")
+        write_text(folder.skipped, "\n".join(lines) + "\n")

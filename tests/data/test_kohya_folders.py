@@ -95,7 +95,7 @@ def test_a_project_with_img_and_reg(tmp_path: Path) -> None:
     picture(tmp_path / "cats" / "img" / "5_sks cat" / "a.png")
     picture(tmp_path / "cats" / "reg" / "1_cat" / "b.png")
     records = open_records(section(tmp_path / "cats"))
-    assert found(records) == {"cats/img/5_sks cat/a.png": ("sks cat", 5), "cats/reg/1_cat/b.png": ("cat", 1)}
+    assert found(records) == {"cats/img/5_sks cat/a.png": ("sks cat", 5), "cats/reg/1_cat/b.png": ("cat", 5)}
     assert [record.is_regularisation for record in records] == [False, True]
 
 

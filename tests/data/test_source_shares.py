@@ -11,7 +11,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from lora_kit.data import open_records
-from lora_kit.data.sources.shares import weighted_repeats
+from lora_kit.data.sources.shares import balanced_repeats, weighted_repeats
 from lora_kit.errors import DataError
 from lora_kit.recipe import DataSection
 
@@ -84,3 +84,32 @@ def test_weights_that_make_an_endless_epoch_are_refused(tmp_path: Path) -> None:
     sources = [{"path": folder(tmp_path / "a", 2), "weight": 1e9}, {"path": folder(tmp_path / "b", 1), "weight": 1.0}]
     with pytest.raises(DataError, match=r"an epoch of 1,000,000,001 samples.*source 1 has 1 samples"):
         open_records(section(*sources))
+
+
+def test_regularisation_pictures_are_repeated_to_as_many_as_the_others(tmp_path: Path) -> None:
+    subject = {"path": folder(tmp_path / "subject", 4), "repeats": 3}
+    prior = {"path": folder(tmp_path / "prior", 5), "regularisation": True}
+    records = open_records(DataSection.model_validate({"sources": [subject, prior]}))
+    assert [record.repeats for record in records if record.is_regularisation] == [3, 3, 2, 2, 2]
+    assert any("repeated to the 12 of the other pictures" in notice for notice in records.notices)
+
+
+def test_more_regularisation_pictures_than_others_are_all_kept(tmp_path: Path) -> None:
+    subject = {"path": folder(tmp_path / "subject", 2)}
+    prior = {"path": folder(tmp_path / "prior", 5), "regularisation": True}
+    assert [r.repeats for r in open_records(DataSection.model_validate({"sources": [subject, prior]}))] == [1] * 7
+
+
+def test_weights_of_all_sources_decide_instead(tmp_path: Path) -> None:
+    subject = {"path": folder(tmp_path / "subject", 2), "weight": 2}
+    prior = {"path": folder(tmp_path / "prior", 4), "weight": 1, "regularisation": True}
+    records = open_records(DataSection.model_validate({"sources": [subject, prior]}))
+    assert [record.repeats for record in records] == [4, 4, 1, 1, 1, 1]
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=8), st.integers(0, 100))
+def test_balance_reaches_exactly_what_is_wanted_and_differs_by_one(repeats: list[int], wanted: int) -> None:
+    raised = balanced_repeats(repeats, wanted)
+    assert sum(raised) == max(wanted, sum(repeats))
+    added = [after - before for after, before in zip(raised, repeats, strict=True)]
+    assert max(added) - min(added) <= 1 and min(added) >= 0

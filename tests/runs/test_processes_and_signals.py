@@ -40,12 +40,14 @@ def losses(folder: Path) -> list[float]:
     return [row["loss"] for row in rows if "loss" in row]
 
 
-def launch(processes: int, recipe: Path, out: Path, flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+def launch(
+    processes: int, recipe: Path, out: Path, flags: tuple[str, ...] = (), overrides: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
     flags = flags or (("--multi_gpu",) if processes > 1 else ())
     command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "--num_processes", str(processes)]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     return subprocess.run(
-        [*command, SCRIPT, str(recipe), f"output_dir={out}"],
+        [*command, SCRIPT, str(recipe), f"output_dir={out}", *overrides],
         env=ENVIRONMENT | {"ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
@@ -53,13 +55,19 @@ def launch(processes: int, recipe: Path, out: Path, flags: tuple[str, ...] = ())
     )
 
 
-def test_two_processes_learn_what_one_does(tiny_sd1_folder, picture_folder, tmp_path):
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+def test_two_processes_learn_what_one_does(tiny_sd1_folder, make_picture_folder, tmp_path, cache):
     # Five pictures over two processes: three and two, so a mean of the processes' means would be wrong.
-    recipe = write_recipe(tmp_path, tiny_sd1_folder, picture_folder, 4)
+    # On disk, each run has a cache of its own; two processes fill theirs together, and both leave out what is broken.
+    pictures = make_picture_folder(tmp_path / "pictures", count=9)
+    (pictures / "004.png").write_bytes(b"no picture")
+    recipe = write_recipe(tmp_path, tiny_sd1_folder, pictures, 4)
     for processes in (1, 2):
-        done = launch(processes, recipe, tmp_path / f"run{processes}")
+        kept = (f"data.cache={cache}", f"data.cache_dir={tmp_path / f'cache{processes}'}")
+        done = launch(processes, recipe, tmp_path / f"run{processes}", overrides=kept)
         assert done.returncode == 0, done.stderr[-3000:]
         assert ("2 processes share each step's pictures" in done.stderr) == (processes == 2)
+        assert "pictures/004.png: not a readable picture" in (tmp_path / f"run{processes}" / "skipped.txt").read_text()
     one, two = losses(tmp_path / "run1"), losses(tmp_path / "run2")
     assert len(one) == 4
     # The same samples, noise and sums in another order: as for micro-batches.

@@ -117,3 +117,18 @@ def test_a_held_out_set_is_read_from_the_disk_too(make_disk: MakeRecipe, tmp_pat
     train(recipe.model_copy(update={"validation": held_out}))
     in_memory = json.loads((tmp_path / "memory" / "result.json").read_text())
     assert on_disk["held_out_base_loss"] == pytest.approx(in_memory["held_out_base_loss"], rel=1e-5)
+
+
+def test_a_resumed_run_says_that_its_data_changed(
+    make_disk: MakeRecipe, make_picture_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    pictures = make_picture_folder(tmp_path / "pictures")
+    train(make_disk("train.max_steps=2", pictures=pictures))
+    train(make_disk("train.resume=latest", pictures=pictures))
+    assert "is no longer the run that was begun" not in capsys.readouterr().err
+    (pictures / "003.png").unlink()
+    train(make_disk("train.max_steps=6", "train.resume=latest", pictures=pictures))
+    said = capsys.readouterr().err
+    assert "is no longer the run that was begun" in said
+    assert "1 pictures cannot be used and are skipped: pictures/003.png" in said
+    assert "003.png: the file is missing" in (tmp_path / "run" / "skipped.txt").read_text()

@@ -14,7 +14,7 @@ from lora_kit.data.sources.masks import add_masks, part_masks
 from lora_kit.data.sources.metadata import METADATA_NAMES
 from lora_kit.data.sources.patterns import matching_files
 from lora_kit.data.sources.shards import COMPRESSED_SUFFIXES, SHARD_SUFFIX, read_shards
-from lora_kit.data.sources.shares import weighted_repeats
+from lora_kit.data.sources.shares import balanced_repeats, weighted_repeats
 from lora_kit.data.sources.source import PICTURE_SUFFIXES, Found, Place, has_suffix, list_files
 from lora_kit.errors import DataError, did_you_mean
 from lora_kit.recipe import DataSection, SourceSection, describe_lookup, expand_sources, is_pattern
@@ -51,6 +51,7 @@ def _weigh(section: DataSection, found: Sequence[Found]) -> None:
     """Multiply the records' repeats so that the sources' shares are their weights', if they have any."""
     weights = [source.weight for source in section.sources if source.weight is not None]
     if len(weights) != len(found):
+        _balance(found)
         return
     samples = [sum(record.repeats for record in part.records) for part in found]
     repeats = weighted_repeats(samples, weights)
@@ -68,6 +69,25 @@ def _weigh(section: DataSection, found: Sequence[Found]) -> None:
         for source, times, count in zip(section.sources, repeats, samples, strict=True)
     )
     found[0].notices.append(f"Weights as repeats, and each source's share of the samples: {shares}.")
+
+
+def _balance(found: Sequence[Found]) -> None:
+    """Repeat regularisation pictures until there are as many samples of them as of the others: the usual 1 : 1."""
+    others = sum(record.repeats for part in found for record in part.records if not record.is_regularisation)
+    mine = [record for part in found for record in part.records if record.is_regularisation]
+    if not mine or not others:
+        return
+    repeats = iter(balanced_repeats([record.repeats for record in mine], others))
+    for part in found:
+        part.records = [
+            replace(record, repeats=next(repeats)) if record.is_regularisation else record for record in part.records
+        ]
+    before = sum(record.repeats for record in mine)
+    if before < others:
+        found[0].notices.append(
+            f"Regularisation pictures: {before:,} samples in an epoch, repeated to the {others:,} of the other "
+            "pictures. Give every source a weight for another share."
+        )
 
 
 def _places(section: DataSection, folder: Path) -> list[Place]:

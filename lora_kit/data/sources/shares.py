@@ -1,4 +1,4 @@
-"""Sources' weights → whole repeats."""
+"""How often pictures appear: sources' weights → whole repeats, and regularisation pictures beside the others."""
 
 from __future__ import annotations
 
@@ -27,3 +27,11 @@ def weighted_repeats(samples: Sequence[int], weights: Sequence[float]) -> list[i
         if all(abs(have - want) <= _TOLERANCE * want for have, want in zip(got, wanted, strict=True)):
             break
     return repeats
+
+
+def balanced_repeats(repeats: Sequence[int], wanted: int) -> list[int]:
+    """Repeats of regularisation pictures, raised by one after the other until they are `wanted` samples, as sd-scripts
+    does; as they are where there are more."""
+    missing = max(0, wanted - sum(repeats))
+    rounds, rest = divmod(missing, len(repeats)) if repeats else (0, 0)
+    return [times + rounds + (index < rest) for index, times in enumerate(repeats)]
