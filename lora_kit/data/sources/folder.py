@@ -56,7 +56,7 @@ def _read_any(place: Place, folder: Path, files: Sequence[str]) -> Found:
 
 
 def _read_table(place: Place, folder: Path, path: Path, files: Sequence[str]) -> Found:
-    found, section = Found(), place.section
+    found, section = Found(kind=path.name), place.section
     if path.suffix.lower() == ".json":
         table = read_kohya_metadata(path, section.caption_column, folder, files)
     else:

@@ -18,7 +18,7 @@ from lora_kit.errors import DataError
 def read_sidecars(place: Place, folder: Path, files: Sequence[str]) -> Found:
     """The pictures among `files`, paths relative to `folder`, with the captions beside them."""
     _refuse_nested_tables(place, files)
-    found = Found()
+    found = Found(kind="caption files")
     present = frozenset(files)
     pictures = [name for name in files if has_suffix(name, PICTURE_SUFFIXES)]
     for name in pictures:

@@ -62,6 +62,8 @@ class Found:
     records: list[Record] = field(default_factory=list[Record])
     flaws: list[Flaw] = field(default_factory=list[Flaw])
     notices: list[str] = field(default_factory=list[str])
+    kind: str = ""
+    """How it was read: `caption files`, `3 tar shards`."""
 
     def add(self, result: Record | Flaw) -> None:
         """Sort a result into records or flaws."""
