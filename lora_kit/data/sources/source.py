@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -73,6 +74,11 @@ class Found:
             self.flaws.append(result)
 
 
+def picture_opener(folder: Path, inner: str) -> Callable[[], Image.Image]:
+    """What opens the picture at a relative POSIX path. Holds text: a Path is three times as large and slow to make."""
+    return partial(Image.open, f"{folder}/{inner}")
+
+
 def list_files(folder: Path) -> list[str]:
     """All files below `folder` as sorted POSIX paths relative to it.
 
@@ -125,4 +131,4 @@ class Links:
 
 def has_suffix(name: str, suffixes: frozenset[str]) -> bool:
     """Whether a file's ending, in any case, is one of `suffixes`."""
-    return Path(name).suffix.lower() in suffixes
+    return os.path.splitext(name)[1].lower() in suffixes  # noqa: PTH122 (called for every file: Path takes ten times)
