@@ -32,9 +32,9 @@ def leave_signals_to_parent(_worker: int) -> None:
         os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
-        # Ignoring a signal for a moment discards one that reached the group before this process had left it.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        # What reached the group before this process had left it is thrown away; PyTorch's own handler stays.
+        while waiting := set(_HELD_BACK) & signal.sigpending():
+            signal.sigwait(waiting)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD_BACK)
 
 
