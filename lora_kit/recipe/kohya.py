@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lora_kit.recipe.base import Problem, shown
-from lora_kit.recipe.kohya_keys import Subset, read_subsets
+from lora_kit.recipe.kohya_keys import Subset, is_toml, read_subsets
 from lora_kit.recipe.kohya_sizes import (
     BUCKET_FIELDS,
     own_resolution,
@@ -74,7 +74,7 @@ def expand_sources(data: DataSection, folder: Path) -> DataSection:
     folder, or for the TOML itself to `folder`.
     Raises RecipeError that names every key that cannot be followed. Without a TOML, `data` itself is returned.
     """
-    files = {index: absolute(s.path, folder) for index, s in enumerate(data.sources) if _is_toml(s)}
+    files = {index: absolute(s.path, folder) for index, s in enumerate(data.sources) if is_toml(s)}
     if not files:
         return data
     read = {index: read_subsets(file) for index, file in files.items()}
@@ -95,10 +95,6 @@ def expand_sources(data: DataSection, folder: Path) -> DataSection:
         return DataSection.model_validate({**data.model_dump(exclude_unset=True), **filled})
     except ValidationError as error:
         raise recipe_error("data, with what the data-set TOML says", problems_in(error)) from error
-
-
-def _is_toml(source: SourceSection) -> bool:
-    return source.path.lower().endswith(".toml")
 
 
 def _source(subset: Subset, data: DataSection, folder: Path, shared: int) -> dict[str, Any]:

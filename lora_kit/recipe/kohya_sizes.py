@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lora_kit.recipe.base import Problem, shown
-from lora_kit.recipe.kohya_keys import Subset
+from lora_kit.recipe.kohya_keys import Subset, is_toml
 from lora_kit.recipe.sections import DataSection
 
 _BOUNDS = {"min_bucket_reso": "min_side", "max_bucket_reso": "max_side"}
@@ -111,7 +111,9 @@ def _resolutions(subsets: Sequence[Subset], data: DataSection) -> Iterator[Probl
     sides = [_side(subset) for subset in subsets]
     given = list(dict.fromkeys(side for side in sides if side is not None))
     in_recipe = "resolution" in data.model_fields_set
-    if given and in_recipe and data.resolution not in sides and None not in sides:
+    # The recipe's may be that of sources beside the TOML.
+    is_alone = all(is_toml(source) for source in data.sources)
+    if given and in_recipe and is_alone and data.resolution not in sides and None not in sides:
         told = " and ".join(map(str, given))
         said = f"resolution means data.resolution: {told}, but the recipe has {data.resolution}."
         yield Problem((), f"{said} Change one of them, or leave it out of the recipe.")

@@ -155,6 +155,12 @@ def test_a_resolution_that_the_recipe_contradicts(tmp_path: Path) -> None:
     assert expand(tmp_path, sets("resolution = 512", "resolution = 768"), resolution=768).sources[0].resolution == 512
 
 
+def test_the_recipes_resolution_is_that_of_sources_beside_the_toml(tmp_path: Path) -> None:
+    beside = [{"path": "plain"}, {"path": "set.toml"}]
+    data = expand(tmp_path, sets("resolution = 768"), sources=beside, resolution=512)
+    assert (data.resolution, [source.resolution for source in data.sources]) == (512, [None, 768])
+
+
 def test_oblong_resolutions_are_refused_with_the_square_of_their_area(tmp_path: Path) -> None:
     said = message(tmp_path, sets("resolution = [768, 512]"))
     assert "datasets.0.subsets.0.resolution: resolution = [768, 512] is not a square. Write 624" in said
