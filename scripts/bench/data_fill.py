@@ -16,7 +16,8 @@ from PIL import Image
 
 CAPTIONS = 100
 """Distinct ones: the text encoder's work is bounded, that of pictures is what grows."""
-_A_FEW = 16
+A_FEW = 16
+"""Pictures of the run whose time is the start-up's."""
 _PER_FOLDER = 1000
 _ANONYMOUS = re.compile(r"RssAnon:\s+(\d+) kB")
 
@@ -25,6 +26,8 @@ class Spent(NamedTuple):
     """What one command took."""
 
     seconds: float
+    cpu: float
+    """Seconds of all its threads: the same beside other work, as `seconds` is not."""
     peak: float
     """Resident memory, MB, mapped files' pages too."""
     anonymous: float
@@ -32,23 +35,31 @@ class Spent(NamedTuple):
 
 
 def table(counts: list[int], root: Path, workers: int) -> None:
-    """Print a row for each number of pictures. `root` must have room: 17 KB a picture."""
+    """Print a row for each number of pictures. `root` must have room: 30 KB a picture."""
     print("### Filling the cache: `lora-kit cache`, the tiny base, pictures of 64 px\n")
-    print(f"Start-up, that of {_A_FEW} pictures, is taken off the cost per picture. {workers} workers.\n")
-    print("| pictures | seconds | ms a picture | peak MB | anonymous MB | again, all cached: seconds |")
-    print("|---|---|---|---|---|---|")
-    start = run_cache(write_set(root / "few", _A_FEW, workers))
-    print(f"| {_A_FEW} | {start.seconds:.1f} | | {start.peak:.0f} | {start.anonymous:.0f} | |", flush=True)
+    print(f"A picture's cost is that beyond the start-up, which is the first row's. {workers} workers.\n")
+    columns = (
+        "pictures | seconds | CPU seconds | CPU ms a picture | peak MB | anonymous MB | again: seconds | CPU seconds"
+    )
+    print(f"| {columns} |")
+    print("|---|---|---|---|---|---|---|---|")
+    start = run_cache(write_set(root, A_FEW, workers))
+    _row(A_FEW, start, "")
     for count in counts:
-        recipe = write_set(root / str(count), count, workers)
-        first, again = run_cache(recipe), run_cache(recipe)
-        each = 1000 * (first.seconds - start.seconds) / count
-        cells = (f"{count:,}", f"{first.seconds:.1f}", f"{each:.2f}", f"{first.peak:.0f}", f"{first.anonymous:.0f}")
-        print(f"| {' | '.join(cells)} | {again.seconds:.1f} |", flush=True)
+        recipe = write_set(root, count, workers)
+        first = run_cache(recipe)
+        _row(count, first, f"{1000 * (first.cpu - start.cpu) / count:.2f}", run_cache(recipe))
 
 
-def write_set(folder: Path, count: int, workers: int = 0) -> Path:
-    """A folder of small pictures, all different, with its recipe; nothing is written twice."""
+def _row(count: int, first: Spent, each: str, again: Spent | None = None) -> None:
+    last = f"{again.seconds:.1f} | {again.cpu:.1f}" if again else "|"
+    cells = f"{count:,} | {first.seconds:.1f} | {first.cpu:.1f} | {each} | {first.peak:.0f} | {first.anonymous:.0f}"
+    print(f"| {cells} | {last} |", flush=True)
+
+
+def write_set(root: Path, count: int, workers: int = 0) -> Path:
+    """A folder of small pictures, all different, in `root`, with its recipe; nothing is written twice."""
+    folder = root / str(count)
     recipe = folder / "recipe.yaml"
     if recipe.exists():
         return recipe
@@ -96,7 +107,7 @@ def run_cache(recipe: Path) -> Spent:
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"lora-kit cache {recipe}: exit status {process.returncode}\n{said.decode()}")
-    return Spent(time.monotonic() - started, usage.ru_maxrss / 1000, anonymous)
+    return Spent(time.monotonic() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000, anonymous)
 
 
 def _anonymous(process: int) -> float:
