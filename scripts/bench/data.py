@@ -28,7 +28,7 @@ def main() -> None:
         if "fill" in options.parts:
             data_fill.table(options.counts, root, options.workers)
         if "start" in options.parts:
-            data_start.table(options.start, root)
+            data_start.table(options.start, root, 1 if options.quick else 3)
         if "step" in options.parts:
             import data_step  # heavy: while others are measured, no torch is here
 

@@ -18,13 +18,13 @@ from data_fill import run_cache, write_set
 PARTS = ("interpreter and imports", "base model", "data and cache", "first batch")
 
 
-def table(count: int, root: Path) -> None:
-    """Print a row for each of three starts on `count` cached pictures."""
+def table(count: int, root: Path, starts: int) -> None:
+    """Print a row for each start on `count` cached pictures."""
     recipe = write_set(root, count)
     run_cache(recipe)
     print(f"\n### A second start on {count:,} cached pictures, the tiny base: seconds\n")
     print(f"| start | {' | '.join(PARTS)} | **data, cache and batch** |\n|{'---|' * (len(PARTS) + 2)}")
-    for number in range(1, 4):
+    for number in range(1, starts + 1):
         seconds = start(recipe)
         cells = " | ".join(f"{seconds[part]:.2f}" for part in PARTS)
         print(f"| {number} | {cells} | **{seconds[PARTS[2]] + seconds[PARTS[3]]:.2f}** |", flush=True)

@@ -7,6 +7,7 @@ step: decode and crop the picture, VAE, text encoder, UNet with PEFT's LoRA, cli
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import statistics
@@ -190,7 +191,7 @@ class Plain:
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        float(loss)
+        float(loss.detach())
 
 
 def measure_steps(run: Run, plain: Plain, count: int) -> tuple[list[float], list[float]]:
@@ -220,7 +221,7 @@ def loader_rate(root: Path, sizes: Sizes) -> float:
     """Pictures a second of the loader, once its workers are up: from the disk cache to batches, nothing done with them.
     All entries lie in the page cache, as those of a set that was just filled, or read once."""
     store = CacheStore(root / "loader-cache")
-    keys = [number.to_bytes(32, "big") for number in range(sizes.entries)]
+    keys = [hashlib.sha256(str(number).encode()).digest() for number in range(sizes.entries)]
     drawn = torch.Generator().manual_seed(0)
     with store:
         for key in keys:
