@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 
 from lora_kit.cli.main import main
 
@@ -17,8 +18,9 @@ BENCH = Path(__file__).parents[2] / "scripts" / "bench"
 @pytest.fixture(autouse=True)
 def bench_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCH))
-    for name in ("data", "data_fill", "data_start", "data_step", "plan"):
+    for name in ("data_fill", "data_start", "data_step", "plan"):
         monkeypatch.delitem(sys.modules, name, raising=False)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_a_filled_set_starts_from_its_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
