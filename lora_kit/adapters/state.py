@@ -1,34 +1,32 @@
-"""The neutral form of an adapter: module name → the low-rank update it describes."""
+"""The neutral form of an adapter: module name → the update it describes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from lora_kit.adapters.updates import LoraUpdate, Update
 from lora_kit.errors import AdapterFileError
-from lora_kit.targeting import ModuleInfo, Target, TargetPlan, module_tree
+from lora_kit.targeting import ModuleInfo, module_tree
 
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
 
-class LoraUpdate(NamedTuple):
-    """ΔW = scale · (alpha / rank) · up · down (Hu et al. 2021, section 4.1)."""
-
-    down: Tensor
-    """Linear [r, in]; convolution [r, in, kh, kw]."""
-    up: Tensor
-    """Linear [out, r]; convolution [out, r, 1, 1]."""
-    alpha: float
+    from lora_kit.targeting import TargetPlan
 
 
 class AdapterState(NamedTuple):
     """All updates of one adapter file, under dotted names that start with the component (`unet.…`)."""
 
-    updates: dict[str, LoraUpdate]
+    updates: dict[str, Update]
     metadata: dict[str, str]
     """The file's header: strings only."""
+    embeddings: Mapping[str, Tensor] = MappingProxyType({})
+    """Learned tokens that came with the file: what a prompt says → its vectors [width] or [n, width]."""
 
 
 def weight_modules(components: Mapping[str, nn.Module]) -> dict[str, ModuleInfo]:
@@ -36,8 +34,15 @@ def weight_modules(components: Mapping[str, nn.Module]) -> dict[str, ModuleInfo]
     return {module.name: module for module in module_tree(components) if module.kind != "other"}
 
 
+def adaptable_modules(components: Mapping[str, nn.Module]) -> dict[str, ModuleInfo]:
+    """Every module with a weight by dotted name, norms too, as if nothing were injected: what a file may change."""
+    return {module.name: module for module in module_tree(components)}
+
+
 def lora_layers(components: Mapping[str, nn.Module], adapter_name: str) -> dict[str, LoraLayer]:
     """The injected layers that hold `adapter_name`, by dotted name, in the module tree's order."""
+    from peft.tuners.lora import LoraLayer  # here: PEFT takes seconds to import, and files need none of it
+
     return {
         f"{component}.{inner}": module
         for component, network in components.items()
@@ -58,6 +63,26 @@ def adapter_state(components: Mapping[str, nn.Module], adapter_name: str) -> dic
     }
 
 
+def plain_lora(updates: Mapping[str, Update]) -> dict[str, LoraUpdate]:
+    """The updates, all of which must be pairs of factors and nothing more: what PEFT's LoRA layer holds.
+
+    Raises AdapterFileError naming the methods that are not.
+    """
+    plain = {name: update for name, update in updates.items() if is_plain_lora(update)}
+    others = sorted({update.method for name, update in updates.items() if name not in plain})
+    if others:
+        raise AdapterFileError(
+            f"{len(updates) - len(plain)} modules hold more than a plain LoRA's two factors ({', '.join(others)}); "
+            "only plain LoRA can be injected as LoRA layers"
+        )
+    return {name: update for name, update in plain.items() if isinstance(update, LoraUpdate)}
+
+
+def is_plain_lora(update: Update) -> bool:
+    """Whether the update is two factors: no Tucker core, no magnitude, no bias."""
+    return isinstance(update, LoraUpdate) and update.parts().keys() == {"down", "up"}
+
+
 def _copy(weight: Tensor | nn.Module) -> Tensor:
     assert isinstance(weight, Tensor)
     return weight.detach().to("cpu", torch.float32, copy=True).contiguous()
@@ -68,6 +93,8 @@ def plan_for(components: Mapping[str, nn.Module], updates: Mapping[str, LoraUpda
 
     Raises AdapterFileError naming every module that the model lacks.
     """
+    from lora_kit.targeting import Target, TargetPlan  # here: plans bring in pydantic, which files do without
+
     modules = weight_modules(components)
     missing = sorted(set(updates) - set(modules))
     if missing:

@@ -1,128 +1,164 @@
-"""Is the merged base the adapted base? Outputs on fixed inputs, and a sample of weights in float64."""
+"""Are the written weights right? A sample of them against float64, and all of them against an original."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora_kit.adapters import AdapterState, eject, load_adapter, set_scales
+from lora_kit.adapters.state import is_plain_lora
 from lora_kit.errors import ModelError
-from lora_kit.merging.delta import ScaledUpdate, total_delta, total_magnitude
-from lora_kit.merging.report import NetworkError, WeightCheck
-from lora_kit.models import ModelBundle
+from lora_kit.merging.base import Base
+from lora_kit.merging.fuse import BLOCK, Delta, Part, delta, matrix, working_dtype
+from lora_kit.merging.report import Distance, WeightCheck
+from lora_kit.merging.stored import WeightFile
+from lora_kit.merging.wanted import Parts, all_parts
 
-ARITHMETIC_LIMIT = 1e-3
-"""fp32 rounding, carried through a network of some hundred layers, stays well below; a wrong weight far above."""
 SAMPLE = 8
-LATENT_SIDE = 32
-Outputs = dict[str, Tensor]
 
 
-@torch.no_grad()
-def fixed_outputs(bundle: ModelBundle, components: Sequence[str]) -> Outputs:
-    """Each component's output on seeded inputs, in eval mode, fp64 on the CPU."""
-    runs = {"unet": _unet_output, "text_encoder": _text_output}
-    return {name: runs[name](bundle.components[name].eval()).double().cpu() for name in components}
+class _Measured(NamedTuple):
+    error: float
+    """max |written - exact| / max |exact|."""
+    cast: float
+    """max |exact rounded to the written precision - exact| / max |exact|."""
+    share: float
+    """Largest error as a share of the bound for its place."""
 
 
-def _unet_output(unet: Any) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    side = min(int(unet.config.sample_size or LATENT_SIDE), LATENT_SIDE)
-    latents = torch.randn(2, unet.config.in_channels, side, side, generator=generator)
-    states = torch.randn(2, 77, unet.config.cross_attention_dim, generator=generator)
-    return unet(latents, torch.tensor([100, 800]), states).sample
+def check_weights(base: Base, written: Sequence[WeightFile | None], parts: Parts) -> WeightCheck:
+    """Recompute a sample of what was written in float64, and hold it against what rounding allows.
 
-
-def _text_output(text_encoder: Any) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    config = text_encoder.config
-    ids = torch.randint(config.vocab_size, (2, config.max_position_embeddings), generator=generator)
-    return text_encoder(ids).last_hidden_state
-
-
-def adapted_outputs(
-    bundle: ModelBundle, adapters: Sequence[tuple[AdapterState, float]], components: Sequence[str]
-) -> Outputs:
-    """`fixed_outputs` with the adapters live at their scales; the bundle is given back as it was."""
-    names = [f"merged_{index}" for index in range(len(adapters))]
-    for name, (state, _) in zip(names, adapters, strict=True):
-        load_adapter(bundle.components, state.updates, name)
-    set_scales(bundle.components, {name: scale for name, (_, scale) in zip(names, adapters, strict=True)})
-    outputs = fixed_outputs(bundle, components)
-    for name in reversed(names):
-        eject(bundle.components, name)
-    return outputs
-
-
-@torch.no_grad()
-def add_in_place(components: Mapping[str, nn.Module], wanted: Mapping[str, Sequence[ScaledUpdate]]) -> None:
-    """Add every ΔW to the live fp32 weights: the merge before its cast."""
-    for name, updates in wanted.items():
-        component, _, inner = name.partition(".")
-        weight = components[component].get_submodule(inner).weight
-        assert isinstance(weight, Tensor)
-        weight += total_delta(updates)
-
-
-def compare(adapted: Outputs, exact: Outputs, written: Outputs) -> tuple[NetworkError, ...]:
-    """Relative errors between the three.
-
-    Raises ModelError if the merge before its cast is not the adapted network to rounding.
+    written: for each of the base's files the one that replaces it, read back from disk.
+    Raises ModelError naming the worst weight if one is beyond rounding.
     """
-    errors = tuple(
-        NetworkError(
-            name,
-            relative_error(written[name], adapted[name]),
-            relative_error(exact[name], adapted[name]),
-            relative_error(written[name], exact[name]),
-        )
-        for name in adapted
-    )
-    for error in errors:
-        if not error.arithmetic <= ARITHMETIC_LIMIT:
-            raise ModelError(
-                f"{error.component}: the merged network differs from the adapted one by {error.arithmetic:.2e} of its "
-                f"largest output before any cast; at most {ARITHMETIC_LIMIT:.0e} is rounding. Nothing was written."
-            )
-    return errors
-
-
-def relative_error(got: Tensor, expected: Tensor) -> float:
-    """max |got - expected| / max |expected|."""
-    return float((got - expected).abs().max() / expected.abs().max())
-
-
-def rounding_share(base: Tensor, merged: Tensor, updates: Sequence[ScaledUpdate]) -> float:
-    """Largest error of a merged weight against float64, as a share of what rounding allows (at most 1).
-
-    With u = 2^-24 and R the summed ranks, the fp32 result is within (R + 4) · u · (|W| + Σ|s·up|·|down|) (Higham,
-    Accuracy and Stability of Numerical Algorithms, section 3.1); the cast adds half a unit in the last place.
-    """
-    exact = base.double() + total_delta(updates, torch.float64)
-    ranks = sum(one.update.down.shape[0] for one in updates)
-    arithmetic = (ranks + 4) * 2.0**-24 * (base.double().abs() + total_magnitude(updates))
-    limits = torch.finfo(merged.dtype)
-    cast = limits.eps / 2 * (exact.abs() + arithmetic) + limits.smallest_normal * limits.eps / 2
-    return float(((merged.double() - exact).abs() / (arithmetic + cast)).max())
-
-
-def check_weights(shares: Mapping[str, float]) -> WeightCheck:
-    """Sum up `rounding_share` of a sample. Raises ModelError naming the worst weight if one is beyond rounding."""
-    worst = max(shares, key=lambda name: shares[name])
-    if not shares[worst] <= 1:
+    found: dict[str, _Measured] = {}
+    for (number, key), part in sample_of([*all_parts(parts)]):
+        file = written[number]
+        assert file is not None, f"file {number} was not written, but changes"
+        rows = slice(part.start, part.stop)
+        stored, merged = matrix(base.files[number].read(key))[rows], matrix(file.read(key))[rows]
+        found[f"{part.module}.{part.kind}"] = _measure(part, stored, merged)
+    worst = max(found, key=lambda name: found[name].share)
+    if not found[worst].share <= 1:
         raise ModelError(
-            f"{worst}: the merged weight is {shares[worst]:.1f} times further from its float64 value than rounding "
-            "allows. Nothing was written."
+            f"{worst}: the merged weight is {found[worst].share:.1f} times further from its float64 value than "
+            "rounding allows. Nothing was written."
         )
-    return WeightCheck(len(shares), shares[worst])
+    shown = max(found.values(), key=lambda one: one.error)
+    return WeightCheck(len(found), shown.error, shown.cast, found[worst].share)
 
 
-def sample_of(names: Sequence[str]) -> list[str]:
-    """Up to SAMPLE names, evenly spread, the first and last among them."""
-    count = min(SAMPLE, len(names))
+def _measure(part: Part, stored: Tensor, merged: Tensor) -> _Measured:
+    """One weight against float64, some rows at a time.
+
+    With u = 2^-24 and R the summed ranks, the fp32 result is within (R + 4) · u · (|W| + |up| · |down|) (Higham,
+    Accuracy and Stability of Numerical Algorithms, section 3.1), and what the updates' own arithmetic costs where
+    they are more than two factors; the cast adds half a unit in the last place.
+    """
+    change = delta(part, stored, torch.float64)
+    own = _own_rounding(part, stored)
+    terms = len(part.updates) + 4 + (0 if change.down is None else change.down.shape[0])
+    unit = torch.finfo(working_dtype(stored.dtype)).eps / 2
+    limits = torch.finfo(merged.dtype)
+    largest = error = cast = share = 0.0
+    for rows, added, magnitude in _rows(change, stored):
+        exact = stored[rows].double() + added
+        off = (merged[rows].double() - exact).abs()
+        arithmetic = terms * unit * (stored[rows].double().abs() + magnitude)
+        arithmetic = arithmetic if own is None else arithmetic + own[rows]
+        allowed = arithmetic + limits.eps / 2 * (exact.abs() + arithmetic) + limits.smallest_normal * limits.eps / 2
+        largest = max(largest, float(exact.abs().max()))
+        error = max(error, float(off.max()))
+        cast = max(cast, float((exact.to(merged.dtype).double() - exact).abs().max()))
+        share = max(share, float((off / allowed).nan_to_num(float("inf")).max()))
+    return _Measured(error / (largest or 1.0), cast / (largest or 1.0), share)
+
+
+def _own_rounding(part: Part, stored: Tensor) -> Tensor | None:
+    """[rows, columns]: what fp32 costs within updates that are more than two factors."""
+    total: Tensor | None = None
+    for update, scale in part.updates if part.kind == "weight" else ():
+        if not is_plain_lora(update):
+            own = matrix(update.rounding(scale, stored.double().reshape(part.shape)).reshape(part.shape))
+            total = own if total is None else total + own
+    return total
+
+
+def _rows(change: Delta, stored: Tensor) -> Iterator[tuple[slice, Tensor | float, Tensor | float]]:
+    """(rows, ΔW there, Σ |up| · |down| + |dense| there) in float64."""
+    step = max(1, BLOCK // max(stored.shape[1], 1))
+    sizes = None if change.down is None else change.down.abs()
+    for start in range(0, stored.shape[0], step):
+        rows = slice(start, start + step)
+        added: Tensor | float = 0.0
+        magnitude: Tensor | float = 0.0
+        if change.up is not None and change.down is not None and sizes is not None:
+            added, magnitude = change.up[rows] @ change.down, change.up[rows].abs() @ sizes
+        if change.dense is not None:
+            added, magnitude = added + change.dense[rows], magnitude + change.dense[rows].abs()
+        yield rows, added, magnitude
+
+
+def sample_of(items: Sequence[tuple[tuple[int, str], Part]]) -> list[tuple[tuple[int, str], Part]]:
+    """Up to SAMPLE of `items`, evenly spread, the first and last among them."""
+    count = min(SAMPLE, len(items))
     if count < 2:
-        return list(names)
-    return [names[round(index * (len(names) - 1) / (count - 1))] for index in range(count)]
+        return list(items)
+    return [items[round(index * (len(items) - 1) / (count - 1))] for index in range(count)]
+
+
+def unmerge_bound(base: Base, written: Sequence[WeightFile | None], parts: Parts) -> float:
+    """How far an un-merged weight may be from the original, relative to the weight's largest value.
+
+    The merge rounded W + ΔW once and the un-merge rounds W once more, each to half a unit in the last place of its
+    precision, beside the two sums in fp32: u₁ · |W + ΔW| + u₂ · |W| + 2 · (R + 4) · 2^-24 · (|W + ΔW| + |W|), with
+    each tensor's largest values; the worst of all tensors is returned.
+    """
+    worst = 0.0
+    for (number, key), part in all_parts(parts):
+        file = written[number]
+        assert file is not None, f"file {number} was not written, but changes"
+        rows = slice(part.start, part.stop)
+        merged, left = base.files[number].read(key)[rows], file.read(key)[rows]
+        sizes = [float(torch.stack(torch.aminmax(tensor)).abs().max()) for tensor in (merged, left)]
+        units = [torch.finfo(tensor.dtype).eps / 2 for tensor in (merged, left)]
+        ranks = sum(one.update.rank or 1 for one in part.updates)
+        casts = units[0] * sizes[0] + units[1] * sizes[1]
+        worst = max(worst, (casts + 2 * (ranks + 4) * 2.0**-24 * sum(sizes)) / (sizes[1] or 1.0))
+    return worst
+
+
+def distance(base: Base, written: Sequence[WeightFile | None], original: Base) -> Distance:
+    """Every written tensor against the original's, exactly. Raises ModelError if the original is another network."""
+    places = {(original.component_of(number, key), key): number for number, key in _keys(original)}
+    equal = count = 0
+    largest, relative, where = 0.0, 0.0, ""
+    for number, file in enumerate(written):
+        for key in file.tensors if file else ():
+            assert file is not None
+            place = places.get((base.component_of(number, key), key))
+            if place is None or original.files[place].tensors[key].shape != file.tensors[key].shape:
+                raise ModelError(f"{original.path} is another network: it has no {key} of the same shape.")
+            got, expected = file.read(key), original.files[place].read(key)
+            count += 1
+            if got.dtype == expected.dtype and torch.equal(got, expected):
+                equal += 1
+                continue
+            off, size = _difference(got, expected)
+            if off / (size or 1.0) > relative:
+                largest, relative, where = off, off / (size or 1.0), key
+    return Distance(count, equal, largest, relative, where)
+
+
+def _difference(got: Tensor, expected: Tensor) -> tuple[float, float]:
+    """(max |got - expected|, max |expected|) in float64, in pieces."""
+    pairs = zip(got.reshape(-1).split(BLOCK), expected.reshape(-1).split(BLOCK), strict=True)
+    pieces = [(float((a.double() - b.double()).abs().max()), float(b.double().abs().max())) for a, b in pairs]
+    return max(off for off, _ in pieces), max(size for _, size in pieces)
+
+
+def _keys(base: Base) -> Iterator[tuple[int, str]]:
+    return ((number, key) for number, file in enumerate(base.files) for key in file.tensors)

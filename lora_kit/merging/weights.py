@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import json
-import pickle
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from typing import Any, NamedTuple, cast
 
 from lora_kit.errors import ModelError
 
@@ -23,16 +17,12 @@ class ComponentFiles(NamedTuple):
     folder: Path
     weights: tuple[Path, ...]
     """The file or shards that are read."""
+    shard_index: Path | None
+    """The JSON that says which shard holds which tensor."""
     all_weights: tuple[Path, ...]
     """Every weight file and index of the component: other variants and formats too."""
     variant: str | None
     """`fp16`, if only such a variant is there."""
-
-    @property
-    def merged_name(self) -> str:
-        """The one safetensors file that replaces them."""
-        stem = "diffusion_pytorch_model" if self.weights[0].name.startswith(_STEMS[0]) else "model"
-        return f"{stem}.{self.variant}.safetensors" if self.variant else f"{stem}.safetensors"
 
 
 def component_files(folder: Path) -> ComponentFiles:
@@ -51,7 +41,30 @@ def component_files(folder: Path) -> ComponentFiles:
         )
     candidates = plain or heads
     head = min(candidates, key=lambda path: (".safetensors" not in path.name, path.name.endswith(".json"), path.name))
-    return ComponentFiles(folder, _shards(head), tuple(files), _variant(head))
+    index = head if head.suffix == ".json" else None
+    return ComponentFiles(folder, _shards(index) if index else (head,), index, tuple(files), _variant(head))
+
+
+def written_name(name: str) -> str:
+    """The name that a weight file or index has after a merge: a .bin is written as safetensors, all else stays.
+
+    `pytorch_model.bin` → `model.safetensors`, `pytorch_model.bin.index.json` → `model.safetensors.index.json`.
+    """
+    if ".bin" not in name:
+        return name
+    return name.replace("pytorch_model", "model", 0 if name.startswith("diffusion_") else 1).replace(
+        ".bin", ".safetensors"
+    )
+
+
+def written_index(files: ComponentFiles, total_size: int) -> str | None:
+    """The index of the written shards, or None where the component is one file. `total_size`: bytes of all values."""
+    if files.shard_index is None:
+        return None
+    index = _read_index(files.shard_index)
+    index["metadata"] = {**index.get("metadata", {}), "total_size": total_size}
+    index["weight_map"] = {key: written_name(name) for key, name in index["weight_map"].items()}
+    return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
 
 def _is_weights(path: Path) -> bool:
@@ -65,35 +78,20 @@ def _variant(path: Path) -> str | None:
     return middle[0] if middle else None
 
 
-def _shards(head: Path) -> tuple[Path, ...]:
-    if head.suffix != ".json":
-        return (head,)
-    names = sorted(set(json.loads(head.read_text(encoding="utf-8"))["weight_map"].values()))
-    missing = [name for name in names if not (head.parent / name).is_file()]
+def _shards(index: Path) -> tuple[Path, ...]:
+    names = sorted(set(_read_index(index)["weight_map"].values()))
+    missing = [name for name in names if Path(name).name != name or not (index.parent / name).is_file()]
     if missing:
-        raise ModelError(f"{head}: names shards that are not there: {', '.join(missing)}")
-    return tuple(head.parent / name for name in names)
+        raise ModelError(f"{index}: names shards that are not there: {', '.join(missing)}")
+    return tuple(index.parent / name for name in names)
 
 
-def read_weights(files: ComponentFiles) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors as stored (mapped from disk) and the first file's header metadata.
-
-    Raises ModelError if a file is damaged.
-    """
-    tensors: dict[str, Tensor] = {}
-    metadata: dict[str, str] = {}
-    for path in files.weights:
-        try:
-            if path.suffix == ".safetensors":
-                with safe_open(path, framework="pt") as file:
-                    metadata = metadata or dict(file.metadata() or {})
-                    tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
-            else:
-                tensors |= _tensors_of(torch.load(path, map_location="cpu", weights_only=True))
-        except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
-            raise ModelError(f"{path}: the weights are cut off or damaged ({error})") from error
-    return tensors, metadata
-
-
-def _tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+def _read_index(path: Path) -> dict[str, Any]:
+    try:
+        index: Any = json.loads(path.read_text(encoding="utf-8"))
+        names: Any = index["weight_map"].values()
+        if not all(isinstance(name, str) for name in names) or not isinstance(index.get("metadata", {}), dict):
+            raise TypeError("a name in it is not text")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path}: is no index of shards ({error}). Fetch it again.") from error
+    return cast("dict[str, Any]", index)

@@ -27,6 +27,8 @@ class CheckpointFile(NamedTuple):
     metadata: dict[str, str]
     """The safetensors header's strings; empty for a .ckpt."""
     read: Callable[[str], Tensor]
+    others: tuple[str, ...] = ()
+    """Names of what a .ckpt holds beside its tensors (`epoch`, `optimizer_states` …)."""
 
 
 @contextmanager
@@ -37,23 +39,26 @@ def open_checkpoint(path: Path) -> Generator[CheckpointFile]:
     Raises ModelError where the file is damaged or is something else.
     """
     start = _start(path)
-    _refuse_text(path, start)
+    refuse_text(path, start)
     if path.suffix in PICKLED:
-        # torch.save writes a zip archive, or (before 1.6) a pickle of protocol 2.
-        if not (zipfile.is_zipfile(path) if start.startswith(b"PK") else start.startswith(b"\x80")):
-            raise _damaged(path, "it is no archive that torch.save writes")
-        yield _open_pickled(path)
+        yield open_pickled(path)
         return
     try:
         handle: Any = safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise _damaged(path, str(error)) from error
+        raise damaged(path, str(error)) from error
     with handle:
         shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
         yield CheckpointFile(path, shapes, handle.metadata() or {}, handle.get_tensor)
 
 
-def _open_pickled(path: Path) -> CheckpointFile:
+def open_pickled(path: Path) -> CheckpointFile:
+    """Open what torch.save wrote. Raises ModelError as `open_checkpoint` does."""
+    start = _start(path)
+    refuse_text(path, start)
+    # torch.save writes a zip archive, or (before 1.6) a pickle of protocol 2.
+    if not (zipfile.is_zipfile(path) if start.startswith(b"PK") else start.startswith(b"\x80")):
+        raise damaged(path, "it is no archive that torch.save writes")
     try:
         loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
@@ -62,13 +67,14 @@ def _open_pickled(path: Path) -> CheckpointFile:
             f".safetensors with a tool and from a source you trust. ({_first_line(error)})"
         ) from error
     except (RuntimeError, EOFError, ValueError, OSError) as error:
-        raise _damaged(path, _first_line(error)) from error
+        raise damaged(path, _first_line(error)) from error
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
     tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ModelError(f"{path} holds no tensors by name, so it is not a checkpoint.")
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    return CheckpointFile(path, shapes, {}, tensors.__getitem__)
+    names = {str(name) for name in (*loaded, *state) if loaded.get(name) is not state}
+    return CheckpointFile(path, shapes, {}, tensors.__getitem__, tuple(sorted(names - tensors.keys())))
 
 
 def _start(path: Path) -> bytes:
@@ -79,14 +85,15 @@ def _start(path: Path) -> bytes:
         raise ModelError(f"{path} cannot be read: {error.strerror}.") from error
 
 
-def _damaged(path: Path, why: str) -> ModelError:
+def damaged(path: Path, why: str) -> ModelError:
+    """The error for a file that is not whole."""
     return ModelError(
         f"{path} is damaged or incomplete ({why}). Download or copy it again and compare its size with the "
         f"source's: it has {path.stat().st_size:,} bytes here."
     )
 
 
-def _refuse_text(path: Path, start: bytes) -> None:
+def refuse_text(path: Path, start: bytes) -> None:
     """Say so where a download gave a web page or a pointer instead of the file."""
     start = start.lstrip(b" \t\r\n\xef\xbb\xbf")
     if start[:1] == b"<":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +17,9 @@ from transformers.utils import logging as transformers_logging
 from lora_kit.errors import ModelError
 from lora_kit.models import tokenizers
 from lora_kit.models.layout import Configs
+from lora_kit.models.pipeline_index import PARTS, check_index, index_in, read_index
 from lora_kit.recipe.sections import ModelSection
 
-_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 _SHOWN = 8
 _DAMAGE = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 """What diffusers and transformers raise for files that are missing, damaged or do not fit their config."""
@@ -33,7 +32,7 @@ class DiffusersBase:
         """`where`: the folder as a Path, or the hub id as a string. Raises ModelError if no pipeline is there."""
         self._where, self._section = where, section
         self._local = isinstance(where, Path)
-        _check_index(_read_index(where, section.revision), str(where))
+        check_index(read_index(_index(where, section.revision)), str(where))
         if isinstance(where, Path):
             _check_folders(where)
 
@@ -99,22 +98,9 @@ class DiffusersBase:
             ) from error
 
 
-def _read_index(where: str | Path, revision: str | None) -> dict[str, Any]:
+def _index(where: str | Path, revision: str | None) -> Path:
     """The pipeline's model_index.json."""
-    if isinstance(where, Path):
-        path = where / "model_index.json"
-        if not path.is_file():
-            raise ModelError(
-                f"{where} is a folder without model_index.json, so not a diffusers pipeline. Give the folder that "
-                f"holds {', '.join(_PARTS)} (what `save_pretrained` writes), or a single .safetensors checkpoint."
-            )
-    else:
-        path = _fetch_index(where, revision)
-    try:
-        index: Any = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is not JSON ({error}): fetch it again.") from error
-    return cast(dict[str, Any], index)
+    return index_in(where) if isinstance(where, Path) else _fetch_index(where, revision)
 
 
 def _fetch_index(name: str, revision: str | None) -> Path:
@@ -129,24 +115,8 @@ def _fetch_index(name: str, revision: str | None) -> Path:
         ) from error
 
 
-def _check_index(index: dict[str, Any], source: str) -> None:
-    """Raise ModelError unless the pipeline is of SD's parts."""
-    kind = str(index.get("_class_name", "an unnamed pipeline"))
-    parts: dict[str, str] = {part: str((index.get(part) or [None, None])[1]) for part in _PARTS}
-    lacking = [part for part in _PARTS if parts[part] == "None"]
-    if lacking or "text_encoder_2" in index:
-        detail = f"its model_index.json names no {', no '.join(lacking)}" if lacking else "it has two text encoders"
-        raise ModelError(
-            f"{source} is a {kind}: {detail}. Supported so far: Stable Diffusion v1 and v2, text to image."
-        )
-    wanted = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
-    for part, name in wanted.items():
-        if parts[part] != name:
-            raise ModelError(f"{source} is a {kind} whose {part} is a {parts[part]}; supported so far: {name}.")
-
-
 def _check_folders(folder: Path) -> None:
-    missing = [part for part in _PARTS if not (folder / part).is_dir()]
+    missing = [part for part in PARTS if not (folder / part).is_dir()]
     if missing:
         raise ModelError(
             f"{folder} is incomplete: it has no folder {', '.join(missing)}, which its model_index.json names. "

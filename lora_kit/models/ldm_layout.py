@@ -15,21 +15,9 @@ from lora_kit.errors import ModelError
 from lora_kit.models import ldm_configs, tokenizers
 from lora_kit.models.checkpoint_file import CheckpointFile
 from lora_kit.models.layout import Configs
-from lora_kit.models.ldm_keys import CLIP, OPEN_CLIP, UNET, VAE, Claim, claim, is_unused, structure
+from lora_kit.models.ldm_keys import Claim, claim, is_unused, structure
+from lora_kit.models.ldm_marks import recognise, some
 from lora_kit.recipe.sections import ModelSection
-
-_ADAPTER_MARKS = ("lora_down", "lora_up", "lora_A", "lora_B", "lora.down", "lora.up", "hada_w1", "lokr_w", "unet:0:")
-_OTHER_MODELS = {
-    "conditioner.embedders.": "a Stable Diffusion XL checkpoint",
-    "model.diffusion_model.joint_blocks.": "a Stable Diffusion 3 checkpoint",
-    "model.diffusion_model.double_blocks.": "a Flux checkpoint",
-    "double_blocks.": "a Flux checkpoint",
-    "control_model.": "a ControlNet",
-    "embedder.model.": "a Stable unCLIP checkpoint",
-    "cond_stage_model.transformer.token_emb.": "a latent diffusion (LDM) text-to-image checkpoint",
-}
-_PARTS = {"UNet": (UNET,), "VAE": (VAE,), "text encoder": (CLIP, OPEN_CLIP)}
-_SHOWN = 8
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -39,7 +27,7 @@ class LdmCheckpoint:
 
     def __init__(self, file: CheckpointFile, section: ModelSection) -> None:
         self._file, self._section = file, section
-        _recognise(file)
+        recognise(file.path, file.shapes)
         self._structure = structure(file.shapes)
         self._claims = self._claimed()
 
@@ -96,7 +84,7 @@ class LdmCheckpoint:
         unknown = [name for name in self._file.shapes if name not in claims and not is_unused(name, form)]
         if unknown:
             raise ModelError(
-                f"{self._file.path} holds {_some(unknown)}, which no Stable Diffusion v1 or v2 network has."
+                f"{self._file.path} holds {some(unknown)}, which no Stable Diffusion v1 or v2 network has."
             )
         return claims
 
@@ -115,12 +103,12 @@ class LdmCheckpoint:
     def _check(self, component: str, wanted: Mapping[str, Any], got: Mapping[str, Any]) -> None:
         path = self._file.path
         if missing := [name for name in wanted if name not in got]:
-            raise ModelError(f"{path} is incomplete: its {component} lacks {_some(missing)}.")
+            raise ModelError(f"{path} is incomplete: its {component} lacks {some(missing)}.")
         if extra := [name for name in got if name not in wanted]:
-            raise ModelError(f"{path} holds {_some(extra)}, which a Stable Diffusion {component} does not have.")
+            raise ModelError(f"{path} holds {some(extra)}, which a Stable Diffusion {component} does not have.")
         if odd := [name for name in wanted if wanted[name] != got[name]]:
             shapes = f"{list(got[odd[0]])}, not {list(wanted[odd[0]])}"
-            raise ModelError(f"{path}: {_some(odd)} of the {component} have the wrong shape (the first {shapes}).")
+            raise ModelError(f"{path}: {some(odd)} of the {component} have the wrong shape (the first {shapes}).")
 
 
 def unpacked(tensor: Tensor, found: Claim, prefix: str = "") -> dict[str, Tensor]:
@@ -133,34 +121,9 @@ def unpacked(tensor: Tensor, found: Claim, prefix: str = "") -> dict[str, Tensor
     return {prefix + found.names[0]: tensor}
 
 
-def _recognise(file: CheckpointFile) -> None:
-    """Raise ModelError where the file is something else than an SD v1 or v2 checkpoint, naming what it is."""
-    names = list(file.shapes)
-    if any(mark in name for name in names for mark in _ADAPTER_MARKS):
-        raise ModelError(
-            f"{file.path} is an adapter (LoRA or similar), not a base model. Give the base it was trained on as "
-            f"the base, and this file as --adapter."
-        )
-    for prefix, what in _OTHER_MODELS.items():
-        if any(name.startswith(prefix) for name in names):
-            raise ModelError(f"{file.path} is {what}. Supported so far: Stable Diffusion v1 and v2, text to image.")
-    missing = [part for part, prefixes in _PARTS.items() if not any(name.startswith(prefixes) for name in names)]
-    if missing:
-        raise ModelError(
-            f"{file.path} has no {' and no '.join(missing)}; it begins with {_some(names)}. A single-file base holds "
-            f"{', '.join(prefixes[0] + '*' for prefixes in _PARTS.values())} tensors. For a diffusers network give its "
-            f"pipeline's folder instead."
-        )
-
-
 def _prediction_from(metadata: Mapping[str, str]) -> str | None:
     """What the header says, by the ModelSpec standard (Stability AI)."""
     names = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
     said = names.get(metadata.get("modelspec.prediction_type", ""))
     by_architecture = {"stable-diffusion-v2-768-v": "v_prediction", "stable-diffusion-v2-512": "epsilon"}
     return said or by_architecture.get(metadata.get("modelspec.architecture", ""))
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

@@ -69,7 +69,7 @@ def training_facts(run: Run, step: int) -> TrainingFacts:
 
 def _write_adapter(run: Run, path: Path, step: int) -> Path:
     updates = adapter_state(run.bundle.components, ADAPTER)
-    write_kohya(path, AdapterState(updates, training_metadata(training_facts(run, step))), _dtype(run))
+    write_kohya(path, AdapterState(dict(updates), training_metadata(training_facts(run, step))), _dtype(run))
     return path
 
 

@@ -70,14 +70,8 @@ def test_one_module_under_two_spellings_is_refused(
 @pytest.mark.parametrize(
     ("key", "what"),
     [
-        (f"{TO_Q}.dora_scale", "DoRA"),
-        (f"{TO_Q}.hada_w1_a", "LoHa"),
-        (f"{TO_Q}.lokr_w1", "LoKr"),
-        (f"{TO_Q}.lora_mid.weight", "Tucker"),
-        (f"{TO_Q}.oft_blocks", "OFT"),
-        (f"{TO_Q}.a1.weight", "GLoRA"),
-        (f"{TO_Q}.on_input", "IA3"),
-        (f"{TO_Q}.diff", "full-difference"),
+        (f"{TO_Q}.oft_diag", "OFT adapter of LyCORIS 1.9"),
+        (f"{TO_Q}.bias_indices", "sparse remainders"),
         ("base_model.model.x.lora_A.weight", "PEFT"),
         ("unet:0:up", "cloneofsimo"),
         ("lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "Stable Diffusion XL"),

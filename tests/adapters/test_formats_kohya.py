@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from lora_kit.adapters import (
     adapter_state,
     load_adapter,
     read_adapter,
-    set_scales,
+    set_scale,
     write_kohya,
 )
 from lora_kit.adapters.formats.kohya import kohya_name
@@ -148,7 +149,7 @@ def test_a_factor_that_overflows_is_refused_and_leaves_the_old_file(tmp_path: Pa
 
 def one_alpha(state: AdapterState) -> AdapterState:
     """The same updates, ranks as they are, with alpha 2 throughout."""
-    return AdapterState({name: update._replace(alpha=2.0) for name, update in state.updates.items()}, state.metadata)
+    return AdapterState({name: replace(update, alpha=2.0) for name, update in state.updates.items()}, state.metadata)
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.3, 1.0, -2.0])
@@ -172,7 +173,7 @@ def assert_equal_to_diffusers(base: Path, path: Path, scale: float) -> None:
 
     ours = bundle_of(base)
     load_adapter(ours.components, read_adapter(path, ours.components).updates, "style")
-    set_scales(ours.components, {"style": scale})
+    set_scale(ours.components, {"style": scale})
     pipe = StableDiffusionPipeline.from_pretrained(base)
     pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name="style")
     pipe.set_adapters("style", scale)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor
 
 from lora_kit.adapters.formats.layout import Layout, RawUpdate
-from lora_kit.adapters.state import LoraUpdate
+from lora_kit.adapters.updates import Update, build_update
 from lora_kit.errors import AdapterFileError, did_you_mean
-from lora_kit.targeting.plan import ModuleInfo
+from lora_kit.targeting.modules import ModuleInfo
 
 SHOWN = 40
 
@@ -34,34 +35,37 @@ def split(layout: Layout, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
         if parsed is None or (parsed.part == "alpha" and tensor.numel() != 1):
             unknown.append(key)
             continue
-        value = float(tensor) if parsed.part == "alpha" else tensor
-        updates[parsed.module] = updates.get(parsed.module, RawUpdate())._replace(**{parsed.part: value})
+        raw = updates.get(parsed.module, RawUpdate())
+        if parsed.part == "alpha":
+            updates[parsed.module] = replace(raw, alpha=float(tensor))
+        else:
+            updates[parsed.module] = replace(raw, parts=raw.parts | {parsed.part: tensor})
     for module, alpha in layout.alphas(updates, metadata).items():
         if updates[module].alpha is None:
-            updates[module] = updates[module]._replace(alpha=alpha)
+            updates[module] = replace(updates[module], alpha=alpha)
     return Split(updates, tuple(unknown))
 
 
-def fit(path: Path, layout: Layout, parts: Split, modules: Mapping[str, ModuleInfo]) -> dict[str, LoraUpdate]:
-    """The updates under the model's dotted names, fp32, in the model's order and shapes.
+def fit(path: Path, layout: Layout, parts: Split, modules: Mapping[str, ModuleInfo]) -> dict[str, Update]:
+    """The updates under the model's dotted names, as stored, in the model's order and shapes.
 
-    Raises one AdapterFileError that lists every unknown key, missing half, wrong shape and non-finite value.
+    Raises one AdapterFileError that lists every unknown key, missing part, wrong shape and non-finite value.
     """
     problems = [f"{key}: unknown key" for key in parts.unknown]
     spellings = layout.spellings(modules)
-    found: dict[str, LoraUpdate] = {}
+    found: dict[str, Update] = {}
     for spelling, raw in sorted(parts.updates.items()):
         name = spellings.get(spelling)
         if name is None:
             problems.append(f"{spelling}: no such module in the model.{did_you_mean(spelling, spellings)}")
             continue
-        result = _update(raw, modules[name])
-        if isinstance(result, str):
-            problems.append(f"{spelling}: {result}")
-        elif name in found:
+        if name in found:
             problems.append(f"{spelling}: {name} is in the file twice, under two spellings")
-        else:
-            found[name] = result
+            continue
+        try:
+            found[name] = _built(raw, modules[name])
+        except AdapterFileError as error:
+            problems.append(f"{spelling}: {error}")
     if problems:
         raise AdapterFileError(_message(path, problems))
     return {name: found[name] for name in modules if name in found}
@@ -75,36 +79,14 @@ def _message(path: Path, problems: list[str]) -> str:
     return "\n".join(lines)
 
 
-def _update(raw: RawUpdate, module: ModuleInfo) -> LoraUpdate | str:
-    """The update in the module's shapes, or what is wrong with it."""
-    if raw.down is None or raw.up is None:
-        halves = [part for part in ("down", "up") if getattr(raw, part) is None]
-        return f"the {' and '.join(halves)} half is missing"
-    rank = raw.down.shape[0] if raw.down.ndim else 0
-    out, inner = module.shape[0], module.shape[1:]
-    kernel = (1, 1) if module.kind == "conv" else ()
-    down = _shaped(raw.down, (rank, *inner))
-    up = _shaped(raw.up, (out, rank, *kernel))
-    if rank == 0 or down is None or up is None:
-        return (
-            f"down {list(raw.down.shape)} and up {list(raw.up.shape)} do not fit the module's weight "
-            f"{list(module.shape)}; allowed: [r, {', '.join(map(str, inner))}] and [{out}, r{', 1, 1' * bool(kernel)}]"
-        )
-    if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
-        return "holds NaN or infinite values"
-    alpha = float(rank) if raw.alpha is None else raw.alpha
-    if not math.isfinite(alpha):
-        return f"alpha is {alpha}"
-    return LoraUpdate(down, up, alpha)
+def _built(raw: RawUpdate, module: ModuleInfo) -> Update:
+    """The module's update. Raises AdapterFileError, without the module's name."""
+    update = build_update(_copied(raw.parts), raw.alpha, module.shape)
+    if update.bias_delta(1.0) is not None and module.parameters == prod(module.shape):
+        raise AdapterFileError("changes the module's bias, but it has none")
+    return update
 
 
-def _shaped(factor: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-    """The factor as fp32 in `shape`, or None. [a, b] and [a, b, 1, 1] are one matrix: files have both."""
-    if _matrix(tuple(factor.shape)) != _matrix(shape):
-        return None
-    # A copy: the file's own tensor is mapped from disk.
-    return factor.reshape(shape).to(torch.float32, copy=True).contiguous()
-
-
-def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape[:2] if shape[2:] == (1, 1) else shape
+def _copied(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A copy: the file's own tensors may be mapped from disk."""
+    return {name: part.clone(memory_format=torch.contiguous_format) for name, part in parts.items()}

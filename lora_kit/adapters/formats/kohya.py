@@ -1,7 +1,8 @@
-"""kohya's layout (sd-scripts), which AUTOMATIC1111, ComfyUI, InvokeAI and diffusers read.
+"""kohya's layout (sd-scripts), which AUTOMATIC1111, ComfyUI, InvokeAI and diffusers read, and LyCORIS's in it.
 
-Per module `<prefix>_<dotted name with "_" for ".">` + `.lora_down.weight`, `.lora_up.weight`, `.alpha`. "_" is also
-inside names, so a spelling is found by looking it up among the model's flattened names, never by splitting it.
+Per module `<prefix>_<dotted name with "_" for ".">` + `.lora_down.weight`, `.lora_up.weight`, `.alpha` (for the other
+methods see `formats.lycoris`). "_" is also inside names, so a spelling is found by looking it up among the model's
+flattened names, never by splitting it.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ from torch import Tensor
 
 from lora_kit.adapters.formats.container import data_hash, legacy_hash, serialise
 from lora_kit.adapters.formats.layout import Key, RawUpdate, with_text_model
+from lora_kit.adapters.formats.lycoris import SUFFIX_OF, SUFFIXES
 from lora_kit.adapters.state import AdapterState
 from lora_kit.errors import AdapterFileError
 from lora_kit.files import write_atomically
 from lora_kit.targeting import canonical_name
 
 PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te"}
-_PARTS = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha"}
+WRAPPER_PREFIX = "lycoris"
+"""What LyCORIS's own wrapper (`create_lycoris`) puts before the names of whatever network it wraps: for us the UNet."""
+_PREFIXES = (*PREFIXES.values(), WRAPPER_PREFIX)
 
 
 class Kohya:
@@ -31,15 +35,17 @@ class Kohya:
     def parse(self, key: str) -> Key | None:
         """`lora_unet_x.lora_down.weight` → (`lora_unet_x`, `down`)."""
         module, _, suffix = key.partition(".")
-        if suffix not in _PARTS or not module.startswith(tuple(PREFIXES.values())):
+        if suffix not in SUFFIXES or not module.startswith(tuple(f"{one}_" for one in _PREFIXES)):
             return None
-        return Key(module, _PARTS[suffix])
+        return Key(module, SUFFIXES[suffix])
 
     def spellings(self, names: Iterable[str]) -> dict[str, str]:
-        """Both with and without the text encoder's inner `text_model`."""
+        """Both with and without the text encoder's inner `text_model`; the UNet's also as LyCORIS's wrapper has it."""
         found: dict[str, str] = {}
         for name in names:
             found[_flat(with_text_model(name))] = name
+            if name.startswith("unet."):
+                found[_flat(name).replace(PREFIXES["unet"], WRAPPER_PREFIX, 1)] = name
             found[_flat(canonical_name(name))] = name
         return found
 
@@ -70,20 +76,24 @@ def kohya_tensors(state: AdapterState, dtype: torch.dtype | None = None) -> dict
     if not state.updates:
         raise AdapterFileError("the adapter has no updates, there is nothing to write")
     tensors: dict[str, Tensor] = {}
+    flat: set[str] = set()
     for name, update in state.updates.items():
         if name.partition(".")[0] not in PREFIXES:
             raise AdapterFileError(f"{name}: kohya's layout knows only {', '.join(PREFIXES)}")
-        flat = kohya_name(name)
-        tensors[f"{flat}.lora_down.weight"] = _cast(update.down, dtype, name)
-        tensors[f"{flat}.lora_up.weight"] = _cast(update.up, dtype, name)
-        tensors[f"{flat}.alpha"] = torch.tensor(update.alpha, dtype=torch.float32)
-    if len(tensors) != 3 * len(state.updates):
-        raise AdapterFileError("two modules of this model have the same name in kohya's layout; it cannot hold both")
+        module = kohya_name(name)
+        if module in flat:
+            raise AdapterFileError(f"two modules have the name {module} in kohya's layout; it cannot hold both")
+        flat.add(module)
+        for part, tensor in update.parts().items():
+            tensors[f"{module}.{SUFFIX_OF[part]}"] = _cast(tensor, dtype, name)
+        if update.alpha is not None:
+            tensors[f"{module}.alpha"] = torch.tensor(update.alpha, dtype=torch.float32)
     return tensors
 
 
 def _cast(factor: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
-    cast = factor.detach().to("cpu", dtype or factor.dtype)
+    kept = dtype is None or not factor.is_floating_point()
+    cast = factor.detach().to("cpu", factor.dtype if kept else dtype)
     if not bool(torch.isfinite(cast).all()):
         raise AdapterFileError(f"{name}: the factor holds NaN or infinite values in {cast.dtype}; nothing was written")
     return cast

@@ -1,8 +1,9 @@
-"""What a layout on disk must tell: how its keys name a module, and which half of the update each key is."""
+"""What a layout on disk must tell: how its keys name a module, and which part of the update each key is."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -14,16 +15,27 @@ class Key(NamedTuple):
     module: str
     """The module, in the file's own spelling."""
     part: str
-    """`down`, `up` or `alpha`."""
+    """`alpha`, or the neutral name of a part (`down`, `up` …: see `lora_kit.adapters.updates`)."""
 
 
-class RawUpdate(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class RawUpdate:
     """The tensors a file holds for one module, before they are checked against a model."""
 
-    down: Tensor | None = None
-    up: Tensor | None = None
+    parts: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """By neutral part name, as they are in the file."""
     alpha: float | None = None
     """None: the file does not say, so alpha = rank."""
+
+    @property
+    def down(self) -> Tensor | None:
+        """The `down` part."""
+        return self.parts.get("down")
+
+    @property
+    def up(self) -> Tensor | None:
+        """The `up` part."""
+        return self.parts.get("up")
 
 
 class Layout(Protocol):

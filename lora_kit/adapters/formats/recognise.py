@@ -13,17 +13,10 @@ from lora_kit.errors import AdapterFileError
 
 LAYOUTS: tuple[Layout, ...] = (Kohya(), Diffusers())
 
-# Checked in order: a DoRA file also has lora_down, and a Tucker LoCon also has lora_up.
 _NOT_YET = (
-    (r"\.(dora_scale|lora_magnitude_vector)(\.|$)", "a DoRA (weight-decomposed) adapter"),
-    (r"\.lora_mid\.weight$", "a LoCon adapter with Tucker decomposition (lora_mid)"),
-    (r"\.hada_[wt]\d", "a LyCORIS LoHa adapter"),
-    (r"\.lokr_[wt]\d", "a LyCORIS LoKr adapter"),
-    (r"\.(oft_blocks|oft_diag)$", "a LyCORIS OFT / BOFT adapter"),
-    (r"^lora_.*\.(a1|a2|b1|b2)\.weight$", "a LyCORIS GLoRA adapter"),
-    (r"^lora_.*\.on_input$", "a LyCORIS IA3 adapter"),
-    (r"^lora_.*\.(w_norm|b_norm)$", "a LyCORIS adapter with trained norms"),
-    (r"^lora_.*\.diff(_b)?$", "a LyCORIS full-difference adapter"),
+    (r"\.oft_diag$", "an OFT adapter of LyCORIS 1.9 or earlier (oft_diag)"),
+    (r"^oft_unet_", "an OFT adapter of sd-scripts"),
+    (r"\.bias_(indices|values|size)$", "a LyCORIS extraction with sparse remainders (bias_indices)"),
     (r"^base_model\.model\.", "an adapter in PEFT's folder layout"),
     (r"^(unet|text_encoder):\d+:(up|down)$", "an adapter in cloneofsimo/lora's layout"),
     (r"\.processor\.to_\w+_lora\.", "an adapter in diffusers' attention-processor layout of 2023"),
@@ -49,7 +42,7 @@ def recognise(path: Path, keys: Collection[str]) -> Layout:
         if example is not None:
             raise AdapterFileError(
                 f"{path}: not supported yet: this is {what} (it has {example!r}). "
-                "Plain LoRA in kohya's or diffusers' layout can be read."
+                "LoRA in kohya's or diffusers' layout and LyCORIS's methods can be read."
             )
     for layout in LAYOUTS:
         if any(layout.parse(key) is not None for key in keys):
