@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,12 @@ BENCH = Path(__file__).parents[2] / "scripts" / "bench"
 
 
 @pytest.fixture(autouse=True)
-def bench_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+def bench_modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(str(BENCH))
     for name in ("data_fill", "data_start", "data_step", "plan"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the first run's precision for the process
 
 
 def test_a_filled_set_starts_from_its_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
