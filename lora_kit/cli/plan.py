@@ -18,24 +18,29 @@ def command(
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, over the recipe's own.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Show which modules the rules pick, the buckets, the steps, and an estimate of the memory. Loads no weights."""
+    """Show which modules the rules pick, what the sources hold, the buckets, the steps, and an estimate of the memory.
+    Loads no weights and decodes no picture."""
     from lora_kit.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
     from lora_kit.cli.plan_buckets import bucket_json, bucket_lines, bucket_table
-    from lora_kit.cli.plan_facts import buckets, memory, steps
+    from lora_kit.cli.plan_facts import memory, steps
+    from lora_kit.cli.plan_sources import data_facts, source_json, source_lines, source_table
     from lora_kit.models.outline import read_outline
     from lora_kit.targeting import make_plan, plan_table, plan_to_json
 
     base = read_outline(loaded.model)
     plan = make_plan(loaded.targets, base.tree)
-    held = buckets(loaded)
-    length, bytes_held = steps(loaded, held), memory(loaded, plan, base.parameters)
+    data = data_facts(loaded.data)
+    held = data.buckets
+    length = steps(loaded, data.samples, held.steps if held else None)
+    bytes_held = memory(loaded, plan, base.parameters)
     if as_json:
         document = {
             "base": loaded.model.base,
             "trainable_parameters": plan.trainable_parameters,
             "plan": plan_to_json(plan),
+            "data": source_json(data.survey),
             "buckets": bucket_json(held) if held else None,
             "steps": length._asdict(),
             "memory_bytes": bytes_held._asdict() | {"trainable": bytes_held.trainable},
@@ -46,9 +51,11 @@ def command(
 
     console = Console(highlight=False)
     console.print(plan_table(plan))
+    console.print(source_table(data.survey))
     if held:
         console.print(bucket_table(held))
-    for line in (*(bucket_lines(held) if held else ()), _steps_line(length), *_memory_lines(bytes_held)):
+    lines = (*source_lines(data.survey), *(bucket_lines(held) if held else ()))
+    for line in (*lines, _steps_line(length), *_memory_lines(bytes_held)):
         console.print(line, markup=False, soft_wrap=True)
 
 

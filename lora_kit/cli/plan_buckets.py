@@ -46,7 +46,8 @@ def bucket_lines(plan: BucketPlan) -> Iterator[str]:
     if enlarged:
         yield f"buckets: pictures that are enlarged: {enlarged:,}"
     if plan.unreadable:
-        yield f"buckets: pictures that cannot be read, counted as squares; training names them: {plan.unreadable:,}"
+        named = ", ".join(plan.unreadable_ids) + (", …" if plan.unreadable > len(plan.unreadable_ids) else "")
+        yield f"buckets: pictures that cannot be read, counted as squares: {plan.unreadable:,} ({named})"
 
 
 def _cells(bucket: BucketFacts) -> tuple[str, ...]:

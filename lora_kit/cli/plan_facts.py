@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from lora_kit.recipe import Recipe, is_pattern
+from lora_kit.recipe import Recipe
 from lora_kit.targeting import Target, TargetPlan
-
-if TYPE_CHECKING:
-    from lora_kit.data.bucket_plan import BucketPlan
 
 FP32 = 4
 _BLOCK = 256  # bitsandbytes keeps an fp32 scale for this many 8-bit moments
@@ -65,9 +61,9 @@ def memory(recipe: Recipe, plan: TargetPlan, parameters: dict[str, int]) -> Memo
     )
 
 
-def steps(recipe: Recipe, buckets: BucketPlan | None = None) -> Steps:
-    """Length of the run; `buckets` where its data has any. Raises DataError if a local data set cannot be counted."""
-    samples = buckets.samples if buckets else _samples(recipe)
+def steps(recipe: Recipe, samples: int | None, steps_per_epoch: int | None = None) -> Steps:
+    """Length of the run. samples: in an epoch, None if not known; steps_per_epoch: where buckets' last batches make
+    them more than samples over batch size."""
     seen = recipe.train.max_steps * recipe.data.batch_size
     epochs = seen / samples if samples else None
     return Steps(
@@ -75,29 +71,8 @@ def steps(recipe: Recipe, buckets: BucketPlan | None = None) -> Steps:
         recipe.data.batch_size,
         recipe.train.micro_batch_size,
         samples,
-        recipe.train.max_steps / buckets.steps if buckets else epochs,
+        recipe.train.max_steps / steps_per_epoch if steps_per_epoch else epochs,
     )
-
-
-def buckets(recipe: Recipe) -> BucketPlan | None:
-    """The plan of buckets; None if pictures are all of one size, or a source is on the hub. Reads pictures' headers,
-    which takes about 0.1 ms each. Raises DataError as `open_records`."""
-    from lora_kit.data.bucket_places import has_buckets
-    from lora_kit.data.bucket_plan import read_bucket_plan
-
-    return read_bucket_plan(recipe.data) if has_buckets(recipe.data) and _is_local(recipe) else None
-
-
-def _samples(recipe: Recipe) -> int | None:
-    if not _is_local(recipe):
-        return None
-    from lora_kit.data import count_records
-
-    return count_records(recipe.data)
-
-
-def _is_local(recipe: Recipe) -> bool:
-    return all(Path(source.path).exists() or is_pattern(source.path) for source in recipe.data.sources)
 
 
 def _tensors(target: Target) -> Iterator[int]:

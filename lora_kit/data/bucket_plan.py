@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from lora_kit.data.bucket_order import BucketOrder
 from lora_kit.data.bucket_places import fits_of
 from lora_kit.data.buckets import Size, crop_loss
+from lora_kit.data.records import MAX_NAMED, Records
 from lora_kit.data.sizes import read_sizes
-from lora_kit.data.sources import open_records
 from lora_kit.data.training_set import TrainingSet
 from lora_kit.progress import ProgressBar, progress
-from lora_kit.recipe import DataSection, expand_sources
+from lora_kit.recipe import DataSection
 
 
 class BucketFacts(NamedTuple):
@@ -48,18 +49,20 @@ class BucketPlan(NamedTuple):
     pictures: int
     """Of the data set; one that is trained at several sizes counts once."""
     unreadable: int
-    """Pictures without a readable header, counted above as squares. A run names them."""
+    """Pictures without a readable header, counted above as squares. A run names them all."""
+    unreadable_ids: list[str]
+    """The first ten of them."""
     samples: int
     """In an epoch, without the wrapped ones."""
+    source_samples: list[int]
+    """Those of each source of the data section."""
     steps: int
     """In an epoch."""
 
 
-def read_bucket_plan(section: DataSection, folder: Path | None = None, bar: ProgressBar = progress) -> BucketPlan:
-    """Read all pictures' headers and say what becomes of them; for a section that `has_buckets`. Arguments and errors
-    as of `open_records`."""
-    section = expand_sources(section, folder or Path.cwd())
-    records = open_records(section, folder)
+def read_bucket_plan(records: Records, section: DataSection, bar: ProgressBar = progress) -> BucketPlan:
+    """Read all pictures' headers and say what becomes of them; for a section that `has_buckets`, and whose sources the
+    records are of."""
     sizes = read_sizes(records, section.workers, bar)
     return bucket_plan(TrainingSet(records, section, 0, sizes=sizes))
 
@@ -69,14 +72,20 @@ def bucket_plan(data: TrainingSet) -> BucketPlan:
     assert data.sizes is not None and isinstance(data.order, BucketOrder)
     pairs = zip(data.records, data.sizes, strict=True)
     cuts = [_Cut(*fit, size) for record, size in pairs for fit in fits_of(record, size, data.section)]
+    source_of_record = np.array([record.source for record in data.records])
+    repeats = np.array([record.repeats for record in data.records])[data.places.record]
+    by_source = np.bincount(source_of_record[data.places.record], repeats, len(data.section.sources))
+    unreadable = [record.id for record, size in zip(data.records, data.sizes, strict=True) if size is None]
     held: list[list[_Cut]] = [[] for _ in data.places.sizes]
     for bucket, cut in zip(data.places.bucket, cuts, strict=True):
         held[bucket].append(cut)
     return BucketPlan(
         buckets=[_facts(bucket, cuts, data.order) for bucket, cuts in enumerate(held)],
         pictures=len(data.records),
-        unreadable=data.sizes.count(None),
+        unreadable=len(unreadable),
+        unreadable_ids=unreadable[:MAX_NAMED],
         samples=len(data),
+        source_samples=by_source.astype(int).tolist(),
         steps=data.order.steps_per_epoch,
     )
 

@@ -9,7 +9,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from lora_kit.recipe.base import Problem, shown
-from lora_kit.recipe.kohya_keys import Subset, read_subsets
+from lora_kit.recipe.kohya_keys import Subset, is_toml, read_subsets
+from lora_kit.recipe.kohya_sizes import (
+    BUCKET_FIELDS,
+    own_resolution,
+    shared_resolution,
+    size_fields,
+    size_problems,
+)
 from lora_kit.recipe.messages import problems_in, recipe_error
 from lora_kit.recipe.paths import absolute
 from lora_kit.recipe.sections import DataSection
@@ -32,14 +39,12 @@ _CAPTION_FIELDS = {
 # Key → field of `data`, and what sd-scripts takes where a subset has no such key.
 _DATA_FIELDS: dict[str, tuple[str, Any]] = {
     "batch_size": ("batch_size", 1),
-    "resolution": ("resolution", None),
     "flip_aug": ("flip", False),
     "random_crop": ("crop", False),
     "caption_dropout_rate": ("caption_dropout", 0.0),
 }
 # Key → values that ask for nothing, and what to do instead.
 _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "enable_bucket": ((False,), "take it out, and set data.buckets in the recipe"),
     "color_aug": ((False,), "colours are trained as they are; take it out"),
     "face_crop_aug_range": ((), "cut faces out beforehand, or take it out"),
     "secondary_separator": (("",), "join such tags by spaces, or take it out"),
@@ -53,17 +58,10 @@ _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "conditioning_data_dir": ((), "ControlNet is not trained here"),
 }
 # They change nothing that is learned: a cache of sizes, and details of what is refused above.
-_WITHOUT_EFFECT = (
-    "cache_info",
-    "token_warmup_min",
-    "validation_seed",
-    "min_bucket_reso",
-    "max_bucket_reso",
-    "bucket_reso_steps",
-    "bucket_no_upscale",
-)
+_WITHOUT_EFFECT = ("cache_info", "token_warmup_min", "validation_seed")
 _READ_BY_NAME = ("image_dir", "metadata_file", "alpha_mask", "caption_prefix", "caption_suffix")
-FOLLOWED = {*_SOURCE_FIELDS, *_CAPTION_FIELDS, *_DATA_FIELDS, *_UNSUPPORTED, *_WITHOUT_EFFECT, *_READ_BY_NAME}
+_SIZES = ("resolution", "enable_bucket", *BUCKET_FIELDS)
+FOLLOWED = {*_SOURCE_FIELDS, *_CAPTION_FIELDS, *_DATA_FIELDS, *_UNSUPPORTED, *_WITHOUT_EFFECT, *_READ_BY_NAME, *_SIZES}
 """Every key that is honoured, refused, or has no effect here: all that a file may have."""
 
 
@@ -71,37 +69,37 @@ def expand_sources(data: DataSection, folder: Path) -> DataSection:
     """The data section with one source for each subset of every data-set TOML among its sources.
 
     `[general]`, `[[datasets]]` and subsets are read as sd-scripts does. Settings that are the whole data set's here
-    (batch size, resolution, flips) fill fields of `data` that the recipe does not set, and must agree with those it
-    does. Relative paths are relative to the TOML's folder, or for the TOML itself to `folder`.
+    (batch size, buckets, flips) fill fields of `data` that the recipe does not set, and must agree with those it
+    does; so does the first resolution, and subsets of another get their own. Relative paths are relative to the TOML's
+    folder, or for the TOML itself to `folder`.
     Raises RecipeError that names every key that cannot be followed. Without a TOML, `data` itself is returned.
     """
-    if not any(_is_toml(source) for source in data.sources):
+    files = {index: absolute(s.path, folder) for index, s in enumerate(data.sources) if is_toml(s)}
+    if not files:
         return data
+    read = {index: read_subsets(file) for index, file in files.items()}
+    subsets = [subset for part in read.values() for subset in part]
+    problems = [problem for index in files for problem in _problems_of(data.sources[index], index, read[index])]
+    problems += [*_disagreements(subsets, data), *size_problems(subsets, data)]
+    if problems:
+        raise recipe_error(" and ".join(map(str, files.values())), problems)
     sources: list[dict[str, Any]] = []
-    filled: dict[str, Any] = {}
     for index, source in enumerate(data.sources):
-        if not _is_toml(source):
+        if index in files:
+            shared = shared_resolution(subsets, data)
+            sources += [_source(subset, data, files[index].parent, shared) for subset in read[index]]
+        else:
             sources.append(source.model_dump(exclude_unset=True))
-            continue
-        file = absolute(source.path, folder)
-        subsets = read_subsets(file)
-        problems = [*_own_settings(source, index), *_problems(subsets), *_disagreements(subsets, data, filled)]
-        if problems:
-            raise recipe_error(str(file), problems)
-        filled |= _data_fields(subsets)
-        sources += [_source(subset, data, file.parent) for subset in subsets]
+    filled = {**_data_fields(subsets), **size_fields(subsets, data), "sources": sources}
     try:
-        return DataSection.model_validate({**data.model_dump(exclude_unset=True), **filled, "sources": sources})
+        return DataSection.model_validate({**data.model_dump(exclude_unset=True), **filled})
     except ValidationError as error:
         raise recipe_error("data, with what the data-set TOML says", problems_in(error)) from error
 
 
-def _is_toml(source: SourceSection) -> bool:
-    return source.path.lower().endswith(".toml")
-
-
-def _source(subset: Subset, data: DataSection, folder: Path) -> dict[str, Any]:
-    keys = subset.keys
+def _source(subset: Subset, data: DataSection, folder: Path, shared: int) -> dict[str, Any]:
+    """The subset as a source; `shared`: the resolution of `data`."""
+    keys, own = subset.keys, own_resolution(subset, shared)
     source = {field: keys[key] for key, field in _SOURCE_FIELDS.items() if key in keys}
     # sd-scripts takes what lies in image_dir itself, and no repeats from its name.
     source |= {"path": str(absolute(keys["image_dir"], folder)), "layout": "plain", "nested": False}
@@ -109,6 +107,8 @@ def _source(subset: Subset, data: DataSection, folder: Path) -> dict[str, Any]:
         source["metadata_file"] = str(absolute(keys["metadata_file"], folder))
     if keys.get("alpha_mask"):
         source["alpha"] = "mask"
+    if own is not None:
+        source["resolution"] = own
     return {**source, "captions": _caption_rules(keys, data)}
 
 
@@ -131,11 +131,13 @@ def _caption_rules(keys: Mapping[str, Any], data: DataSection) -> dict[str, Any]
     return {**rules, "replace": {**rules.get("replace", {}), **escaped}} if escaped else rules
 
 
-def _own_settings(source: SourceSection, index: int) -> Iterator[Problem]:
+def _problems_of(source: SourceSection, index: int, subsets: Sequence[Subset]) -> Iterator[Problem]:
+    """What is wrong with one TOML by itself."""
     others = sorted(source.model_fields_set - {"path"})
     if others:
         said = f"data.sources.{index} also sets {', '.join(others)}; the TOML is read as it is. Set them in the TOML."
         yield Problem((), said)
+    yield from _problems(subsets)
 
 
 def _problems(subsets: Sequence[Subset]) -> Iterator[Problem]:
@@ -156,7 +158,7 @@ def _problems(subsets: Sequence[Subset]) -> Iterator[Problem]:
         seen.setdefault(same, subset)
 
 
-def _disagreements(subsets: Sequence[Subset], data: DataSection, earlier: Mapping[str, Any]) -> Iterator[Problem]:
+def _disagreements(subsets: Sequence[Subset], data: DataSection) -> Iterator[Problem]:
     """Settings that are the whole data set's here, but not the same everywhere."""
     for key, (field, default) in _DATA_FIELDS.items():
         values = [_as_field(key, subset.keys.get(key, default)) for subset in subsets]
@@ -164,13 +166,11 @@ def _disagreements(subsets: Sequence[Subset], data: DataSection, earlier: Mappin
             continue
         if any(value != values[0] for value in values):
             said = f"{key} differs between subsets; data.{field} is one for all. Make it the same."
-            yield Problem((), said)
-            continue
-        known = getattr(data, field) if field in data.model_fields_set else earlier.get(field, values[0])
-        if known != values[0]:
-            said = (
-                f"{key} means data.{field}: {shown(values[0])}, but the recipe has {shown(known)}. Change one of them."
-            )
+            more = " train.micro_batch_size bounds memory." if key == "batch_size" else ""
+            yield Problem((), said + more)
+        elif field in data.model_fields_set and getattr(data, field) != values[0]:
+            known = shown(getattr(data, field))
+            said = f"{key} means data.{field}: {shown(values[0])}, but the recipe has {known}. Change one of them."
             yield Problem((), said)
 
 
@@ -188,6 +188,4 @@ def _as_field(key: str, value: Any) -> Any:
     """The key's value as the field of `data` has it."""
     if key == "random_crop":
         return "random" if value else "center"
-    if key == "resolution" and isinstance(value, list) and value[0] == value[1]:
-        return value[0]
     return value

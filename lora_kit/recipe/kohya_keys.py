@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError
 from lora_kit.errors import RecipeError, did_you_mean
 from lora_kit.recipe.base import Fraction, NonNegative, Positive, Problem, Section
 from lora_kit.recipe.messages import problems_in, recipe_error
+from lora_kit.recipe.sources import SourceSection
 
 Pair = Annotated[list[Positive], Field(min_length=2, max_length=2)]
 
@@ -88,6 +89,11 @@ class Subset(NamedTuple):
     """`datasets.0.subsets.1`, for messages."""
     keys: dict[str, Any]
     """The keys that are set for it."""
+
+
+def is_toml(source: SourceSection) -> bool:
+    """Whether a source is a data-set TOML."""
+    return source.path.lower().endswith(".toml")
 
 
 def read_subsets(file: Path) -> list[Subset]:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from lora_kit.cli.main import main
 from lora_kit.cli.plan_facts import memory, steps
+from lora_kit.cli.plan_sources import data_facts
 from lora_kit.recipe import Recipe
 from lora_kit.targeting import ModuleInfo, Target, TargetPlan, plan_from_json
 
@@ -121,5 +122,6 @@ def test_8_bit_moments_as_bitsandbytes_holds_them() -> None:
 
 
 def test_data_of_the_hub_is_not_counted() -> None:
-    length = steps(_recipe(train={"max_steps": 7}))
+    recipe = _recipe(train={"max_steps": 7})
+    length = steps(recipe, data_facts(recipe.data).samples)
     assert (length.samples_per_epoch, length.epochs) == (None, None)

@@ -84,7 +84,7 @@ def test_a_plan_reads_headers_only(
     monkeypatch.setattr(ImageFile.ImageFile, "load", unwanted)
     (recipe.parent / "pictures" / "4.png").write_bytes(b"no picture")
     assert run(str(recipe)) == 0
-    assert "pictures that cannot be read, counted as squares; training names them: 1" in capsys.readouterr().out
+    assert "pictures that cannot be read, counted as squares: 1 (pictures/4.png)" in capsys.readouterr().out
 
 
 def test_squares_of_one_size_have_no_plan_of_buckets(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

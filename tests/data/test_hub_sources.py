@@ -186,3 +186,25 @@ def test_damaged_table(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1 nonsense")
     with pytest.raises(DataError, match=r"a\.parquet\): HF datasets cannot load it"):
         open_records(section(tmp_path / "a.parquet"))
+
+
+def test_arrow_file(tmp_path: Path) -> None:
+    """Of `save_to_disk` (Arrow's stream format), named alone."""
+    three().save_to_disk(tmp_path / "saved")
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    file.rename(tmp_path / "set.arrow")
+    renamed = {name.replace("set/", "set.arrow/"): held for name, held in EXPECTED.items()}
+    assert first_pixels(section(tmp_path / "set.arrow")) == renamed
+
+
+def test_a_name_that_is_no_path_is_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def load(name: str, config: str | None, split: str, data_files: object) -> datasets.Dataset:
+        asked.append((name, config, split, data_files))
+        return three(caption=["a", "b", "c"])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    data = section("owner/set", config="small", split="test", caption_column="caption", where={"kind": ["cold"]})
+    assert first_pixels(data) == {"owner/set/row-1": ("b", COLOURS[1]), "owner/set/row-2": ("c", COLOURS[2])}
+    assert asked == [("owner/set", "small", "test", None)]

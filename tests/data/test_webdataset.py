@@ -170,3 +170,13 @@ def test_compressed_archives_say_what_to_do(tmp_path: Path) -> None:
 def test_settings_without_effect_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"where does nothing with tar shards"):
         records_of(shards(tmp_path / "shards"), where={"kind": ["a"]})
+
+
+def test_shards_that_webdataset_itself_wrote(tmp_path: Path) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    with webdataset.ShardWriter(str(tmp_path / "set-%03d.tar"), maxcount=2, verbose=0) as writer:
+        for number in range(3):
+            cells = {"png": Image.new("RGB", (8, 8), (number, 0, 0)), "txt": f"number {number}"}
+            writer.write({"__key__": f"{number:05d}", **cells})
+    shards = found(records_of(tmp_path / "set-{000..001}.tar"))
+    assert list(shards.values()) == [("number 0", 0), ("number 1", 1), ("number 2", 2)]

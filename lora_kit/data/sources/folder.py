@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path, PurePosixPath
-
-from PIL import Image
 
 from lora_kit.data.records import Flaw, Record, name_some
 from lora_kit.data.sources.filters import matching_rows, require_column
@@ -17,7 +14,16 @@ from lora_kit.data.sources.kohya_metadata import read_kohya_metadata
 from lora_kit.data.sources.masks import tell_masks
 from lora_kit.data.sources.metadata import METADATA_NAMES, Row, Table, read_table
 from lora_kit.data.sources.sidecars import read_sidecars
-from lora_kit.data.sources.source import FOREIGN_SUFFIXES, PICTURE_SUFFIXES, Found, Links, Place, has_suffix, inner_path
+from lora_kit.data.sources.source import (
+    FOREIGN_SUFFIXES,
+    PICTURE_SUFFIXES,
+    Found,
+    Links,
+    Place,
+    has_suffix,
+    inner_path,
+    picture_opener,
+)
 from lora_kit.data.sources.texts import texts_in
 from lora_kit.errors import DataError
 
@@ -56,7 +62,7 @@ def _read_any(place: Place, folder: Path, files: Sequence[str]) -> Found:
 
 
 def _read_table(place: Place, folder: Path, path: Path, files: Sequence[str]) -> Found:
-    found, section = Found(), place.section
+    found, section = Found(kind=path.name), place.section
     if path.suffix.lower() == ".json":
         table = read_kohya_metadata(path, section.caption_column, folder, files)
     else:
@@ -104,14 +110,14 @@ def _table_record(place: Place, row: Row, present: Collection[str], links: Links
     texts = texts_in(row.cells.get(place.section.caption_column), missed, place.section.caption_fallback)
     if isinstance(texts, str):
         return Flaw(record_id, texts)
-    record = place.record(inner, texts, partial(Image.open, folder / inner))
+    record = place.record(inner, texts, picture_opener(folder, inner))
     mask = row.cells.get(place.section.mask_column) if place.section.mask_column is not None else None
     if mask is None or mask == "":
         return record
     inner_mask = inner_path(mask) if isinstance(mask, str) else None
     if inner_mask is None or links.leave(inner_mask):
         return Flaw(record_id, f"its mask {mask!r} leaves the data folder {folder}; only masks in it are read")
-    return replace(record, mask=partial(Image.open, folder / inner_mask))
+    return replace(record, mask=picture_opener(folder, inner_mask))
 
 
 def _notice_unnamed(place: Place, table: str, rows: Sequence[Row], files: Sequence[str], found: Found) -> None:

@@ -48,7 +48,7 @@ def read_hub(place: Place, saved: bool = False) -> Found:
     pictures = _undecoded(table, section.image_column)
     masks = _undecoded(table, section.mask_column) if section.mask_column is not None else None
     captions = table[section.caption_column][:]
-    found = Found()
+    found = Found(kind=_kind(place, saved))
     folder = place.path if place.path is None or place.path.is_dir() else place.path.parent
     for row in kept:
         result = _record(place, Cell(pictures, row, folder), captions[row])
@@ -58,6 +58,14 @@ def read_hub(place: Place, saved: bool = False) -> Found:
     if masks is not None:
         tell_masks(place, found, ())
     return found
+
+
+def _kind(place: Place, saved: bool) -> str:
+    if saved:
+        return "saved data set"
+    if place.path is None:
+        return "hub data set"
+    return "data set folder" if place.path.is_dir() else f"{place.path.suffix.lower().lstrip('.')} file"
 
 
 def _undecoded(table: Dataset, column: str) -> Dataset:

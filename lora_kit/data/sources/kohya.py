@@ -52,7 +52,7 @@ def named_groups(place: Place, files: Sequence[str]) -> list[Group]:
 
 def read_groups(place: Place, folder: Path, files: Sequence[str], groups: Sequence[Group]) -> Found:
     """The pictures of these folders, with sidecars, and one notice that says how they were read."""
-    found, counts = Found(), list[str]()
+    found, counts = Found(kind="N_name folders"), list[str]()
     for group in groups:
         inner = [name for name in files if name.startswith(f"{group.folder}/")]
         part = read_sidecars(_place(place, group), folder, inner)

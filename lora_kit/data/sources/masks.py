@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from pathlib import Path, PurePosixPath
-
-from PIL import Image
+from pathlib import Path
 
 from lora_kit.data.records import Record, name_some
-from lora_kit.data.sources.source import PICTURE_SUFFIXES, Found, Links, Place, has_suffix, list_files
+from lora_kit.data.sources.source import PICTURE_SUFFIXES, Found, Links, Place, has_suffix, list_files, picture_opener
 from lora_kit.errors import DataError
 
 
@@ -32,7 +30,7 @@ def part_masks(names: Iterable[str], suffix: str | None) -> tuple[list[str], dic
 
 def stem_of(name: str) -> str:
     """`a/1.jpg` → `a/1`."""
-    return str(PurePosixPath(name).with_suffix(""))
+    return os.path.splitext(name)[0]  # noqa: PTH122 (as has_suffix)
 
 
 def add_masks(place: Place, found: Found, beside: Mapping[str, str], folder: Path) -> Found:
@@ -56,7 +54,7 @@ def add_masks(place: Place, found: Found, beside: Mapping[str, str], folder: Pat
             records.append(record)
             continue
         used.add(stem)
-        records.append(replace(record, mask=partial(Image.open, folder / name)))
+        records.append(replace(record, mask=picture_opener(folder, name)))
     found.records = records
     tell_masks(place, found, [name for stem, name in beside.items() if stem not in used])
     return found

@@ -36,9 +36,26 @@ def open_records(section: DataSection, folder: Path | None = None) -> Records:
     section = expand_sources(section, folder)
     found = [_read(place) for place in _places(section, folder)]
     _weigh(section, found)
+    return gather(found, section.on_error)
+
+
+def read_local(section: DataSection, folder: Path) -> list[Found | None]:
+    """What each source holds, None for those of the hub; for a section whose data-set TOMLs are expanded.
+
+    Repeats are those of `open_records`, unless a source is on the hub: weights depend on all of them.
+    """
+    found = [None if place.path is None else _read(place) for place in _places(section, folder)]
+    known = [part for part in found if part is not None]
+    if len(known) == len(found):
+        _weigh(section, known)
+    return found
+
+
+def gather(found: Sequence[Found], on_error: str) -> Records:
+    """All sources' records as one. Raises DataError for flaws, as `on_error` says."""
     records = [record for part in found for record in part.records]
     flaws = [flaw for part in found for flaw in part.flaws]
-    settle_flaws(flaws, len(records), section.on_error)
+    settle_flaws(flaws, len(records), on_error)
     return Records(records, flaws, [notice for part in found for notice in part.notices])
 
 

@@ -41,7 +41,7 @@ def read_shards(place: Place, shards: Sequence[Path]) -> Found:
     Raises DataError if a shard cannot be opened at all.
     """
     _refuse_unused(place)
-    found, others = Found(), list[str]()
+    found, others = Found(kind=_counted(shards)), list[str]()
     for shard in shards:
         name = "" if shard == place.path else f"{_name_in(place, shard)}/"
         _read_shard(place, shard, name, found, others)
@@ -170,6 +170,10 @@ def _name_in(place: Place, shard: Path) -> str:
     assert place.path is not None
     root = place.path if place.path.is_dir() else place.path.parent
     return shard.relative_to(root).as_posix() if shard.is_relative_to(root) else shard.name
+
+
+def _counted(shards: Sequence[Path]) -> str:
+    return "1 tar shard" if len(shards) == 1 else f"{len(shards):,} tar shards"
 
 
 def _refuse_unused(place: Place) -> None:

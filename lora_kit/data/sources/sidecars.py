@@ -6,11 +6,9 @@ from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from PIL import Image
-
 from lora_kit.data.records import Flaw, Record, name_some
 from lora_kit.data.sources.metadata import METADATA_NAMES
-from lora_kit.data.sources.source import PICTURE_SUFFIXES, Found, Place, has_suffix
+from lora_kit.data.sources.source import PICTURE_SUFFIXES, Found, Place, has_suffix, picture_opener
 from lora_kit.data.sources.texts import JSON_SUFFIX, TEXT_SUFFIXES, sidecar_suffixes, sidecar_texts
 from lora_kit.errors import DataError
 
@@ -18,7 +16,7 @@ from lora_kit.errors import DataError
 def read_sidecars(place: Place, folder: Path, files: Sequence[str]) -> Found:
     """The pictures among `files`, paths relative to `folder`, with the captions beside them."""
     _refuse_nested_tables(place, files)
-    found = Found()
+    found = Found(kind="caption files")
     present = frozenset(files)
     pictures = [name for name in files if has_suffix(name, PICTURE_SUFFIXES)]
     for name in pictures:
@@ -42,10 +40,15 @@ def _refuse_nested_tables(place: Place, files: Sequence[str]) -> None:
 
 
 def _record(place: Place, folder: Path, name: str, present: Collection[str]) -> Record | Flaw:
-    texts = sidecar_texts(place.section, _stem(name), present, lambda sidecar: (folder / sidecar).read_bytes())
+    texts = sidecar_texts(place.section, _stem(name), present, partial(_read, str(folder)))
     if isinstance(texts, str):
         return Flaw(f"{place.label}/{name}", texts)
-    return place.record(name, texts, partial(Image.open, folder / name))
+    return place.record(name, texts, picture_opener(folder, name))
+
+
+def _read(folder: str, name: str) -> bytes:
+    with open(f"{folder}/{name}", "rb", buffering=0) as file:  # noqa: PTH123 (as picture_opener)
+        return file.read()
 
 
 def _is_lone(name: str, suffixes: Sequence[str], stems: Collection[str]) -> bool:
