@@ -123,7 +123,8 @@ def _set(layer: LiveLayer, own: list[str], scales: Mapping[str, float]) -> None:
 
 @contextmanager
 def without_adapters(components: Mapping[str, nn.Module]) -> Generator[None]:
-    """All adapters off while inside, and then active as they were before."""
+    """All adapters off while inside, and then active as they were before. Raises TargetError for fused adapters."""
+    require_unfused(components)
     layers = live_layers(components).values()
     lora = [(layer.lora, list(layer.lora.active_adapters)) for layer in layers if layer.lora is not None]
     delta = [(layer.delta, dict(layer.delta.scales)) for layer in layers if layer.delta is not None]

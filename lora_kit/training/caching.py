@@ -99,12 +99,11 @@ def fill_cache(
     Broken pictures are dropped from `data`, or named in a DataError, as `on_error` says. Afterwards every process
     sees every entry, and samples of `data` carry latents, unless the section crops at random.
     """
-    facts, encoded, keys = list[Facts](), 0, list[list[bytes]]()
+    facts, encoded = list[Facts](), 0
     if data.section.crop == "center":
         job = latent_job(cache, data, latent_encoder(bundle, accelerator.device))
-        facts, encoded = _fill_pictures(cache, data, job, accelerator, bar)
-        keys = _keys_of_places(data, facts, job)
-        data.latents = DiskLatents(cache.store, keys)
+        facts, own_keys, encoded = _fill_pictures(cache, data, job, accelerator, bar)
+        data.latents = DiskLatents(cache.store, _keys_of_places(data, own_keys))
     texts = {caption: cache.text_key(caption) for caption in captions_of(data)} if cache.keeps_texts else {}
     encode = text_encoder(bundle, accelerator, data.section.captions.long)
     captions_encoded = _fill_texts(cache, texts, encode, accelerator, bar)
@@ -177,25 +176,26 @@ def latent_job(cache: Cache, data: TrainingSet, encode: Encode) -> LatentJob:
     )
 
 
-def _keys_of_places(data: TrainingSet, facts: list[Facts], job: LatentJob) -> list[list[bytes]]:
+def _keys_of_places(data: TrainingSet, of_records: list[list[bytes]]) -> list[list[bytes]]:
     """Of each place, the key of the picture and, with `flip`, of its mirror image."""
     versions = 2 if data.section.flip else 1
-    keys = [key for record, fact in zip(data.records, facts, strict=True) for key in job.keys(record, fact)]
+    keys = [key for own in of_records for key in own]
     assert len(keys) == versions * len(data.places.record)
     return [keys[start : start + versions] for start in range(0, len(keys), versions)]
 
 
 def _fill_pictures(
     cache: Cache, data: TrainingSet, job: LatentJob, accelerator: Accelerator, bar: ProgressBar
-) -> tuple[list[Facts], int]:
-    """The facts of the pictures that remain, and how many views this process encoded.
+) -> tuple[list[Facts], list[list[bytes]], int]:
+    """The facts and keys of the pictures that remain, and how many views this process encoded.
 
     Each process fills its share and then, once all have met, what is still missing: where they share no disk.
     """
-    encoded, facts, broken, notes = 0, list[Facts | None](), dict[int, str](), dict[int, str]()
+    encoded, facts, keys = 0, list[Facts | None](), list[list[bytes] | None]()
+    broken, notes = dict[int, str](), dict[int, str]()
     for share in _shares(accelerator):
         filled = fill_latents(cache.store, cache.hints, data.records, job, share, bar)
-        facts, broken = filled.facts, filled.broken
+        facts, keys, broken = filled.facts, filled.keys, filled.broken
         encoded, notes = encoded + filled.encoded, notes | filled.notes
         flaws = [Flaw(data.records[index].id, reason) for index, reason in broken.items()]
         remaining = len(data.records) - len(flaws)
@@ -212,7 +212,7 @@ def _fill_pictures(
         if not all(fills((fact.width, fact.height), size) for size in data.places.sizes_of(index))
     ]
     tell_findings(data, animated, enlarged, told)
-    return whole, encoded
+    return whole, [own for own in keys if own is not None], encoded
 
 
 def _fill_texts(

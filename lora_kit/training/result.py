@@ -79,12 +79,14 @@ def _caption_facts(run: Run) -> CaptionFacts:
     tags = Counter(tag.strip() for caption in captions for tag in caption.split(",") if tag.strip())
     # The sources as they were read: those of a data-set TOML, and with the repeats that weights came to.
     names = [Path(source.path).name for source in run.data.section.sources]
+    # Two folders that are called alike get their numbers behind their names, as in the records' ids.
+    names = [f"{name}@{index}" if names.count(name) > 1 else name for index, name in enumerate(names)]
     directories: dict[str, dict[str, int]] = {}
-    for index, name in enumerate(names):
-        mine = [record for record in run.data.records if record.source == index]
-        if mine:
-            directories[name] = {"n_repeats": max(record.repeats for record in mine), "img_count": len(mine)}
-    return CaptionFacts(tag_frequency={"+".join(names): dict(tags)}, dataset_dirs=directories)
+    for record in run.data.records:
+        own = directories.setdefault(names[record.source], {"n_repeats": 0, "img_count": 0})
+        own["n_repeats"] = max(own["n_repeats"], record.repeats)
+        own["img_count"] += 1
+    return CaptionFacts(tag_frequency={"+".join(directories): dict(tags)}, dataset_dirs=directories)
 
 
 def _dtype(run: Run) -> torch.dtype:

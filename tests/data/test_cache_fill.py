@@ -83,7 +83,8 @@ def check_all(folder: Path, records: list[Record]) -> None:
     """Every entry is what encoding the picture anew gives, and no picture is asked for."""
     store = CacheStore(folder)
     facts = survey(records, PictureHints(folder))
-    assert missing_pictures(store, records, facts, job()) == []
+    keys = [job().keys(record, fact) if fact else None for record, fact in zip(records, facts, strict=True)]
+    assert missing_pictures(store, keys) == []
     known = [fact for fact in facts if fact is not None]
     latents = DiskLatents(store, [job().keys(record, fact) for record, fact in zip(records, known, strict=True)])
     assert (len(latents), latents.versions) == (len(records), 2)

@@ -80,19 +80,15 @@ class Filled(NamedTuple):
     """Record → why it cannot be used, in order."""
     encoded: int
     """Views that were encoded."""
+    keys: list[list[bytes] | None]
+    """Of each record's views, as `LatentJob.keys`; None as for `facts`."""
     notes: dict[int, str]
     """Record → what was wrong with its picture but did not keep it from being read; of those that were read now."""
 
 
-def missing_pictures(
-    store: CacheStore, records: Sequence[Record], facts: Sequence[Facts | None], job: LatentJob
-) -> list[int]:
-    """The records of which a view is not in the cache, or whose picture nothing is known of."""
-    return [
-        index
-        for index, (record, fact) in enumerate(zip(records, facts, strict=True))
-        if fact is None or any(key not in store for key in job.keys(record, fact))
-    ]
+def missing_pictures(store: CacheStore, keys: Sequence[Sequence[bytes] | None]) -> list[int]:
+    """The records of which a view is not in the cache, or whose picture nothing is known of (None)."""
+    return [index for index, own in enumerate(keys) if own is None or any(key not in store for key in own)]
 
 
 def fill_latents(
@@ -109,9 +105,11 @@ def fill_latents(
     gives values that are not finite, DataError if the cache cannot be written. What was stored before stays.
     """
     facts = survey(records, hints)
-    indices = share.of(missing_pictures(store, records, facts, job))
+    known = zip(records, facts, strict=True)
+    keys = [job.keys(record, fact) if fact is not None else None for record, fact in known]
+    indices = share.of(missing_pictures(store, keys))
     if not indices:  # no worker is started for nothing
-        return Filled(facts, {}, 0, {})
+        return Filled(facts, {}, 0, keys, {})
     loader: DataLoader[Loaded] = DataLoader(
         PictureFiles(records, indices, job.views), batch_size=None, **worker_options(job.workers)
     )
@@ -119,7 +117,9 @@ def fill_latents(
     broken, notes = dict[int, str](), dict[int, str]()
     with store, closing(bar(loader, "Encoding pictures", len(indices))) as stream:
         for loaded in stream:
-            facts[loaded.record] = loaded.facts
+            facts[loaded.record], keys[loaded.record] = loaded.facts, None
+            if loaded.facts is not None:
+                keys[loaded.record] = job.keys(records[loaded.record], loaded.facts)
             if loaded.note:
                 notes[loaded.record] = loaded.note
             if loaded.facts is None:
@@ -130,7 +130,7 @@ def fill_latents(
                 break
         work.finish()
     hints.flush()
-    return Filled(facts, dict(sorted(broken.items())), work.encoded, notes)
+    return Filled(facts, dict(sorted(broken.items())), work.encoded, keys, notes)
 
 
 class _Waiting(NamedTuple):
