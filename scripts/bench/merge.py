@@ -38,6 +38,7 @@ INDEX = {
     "tokenizer": ["transformers", "CLIPTokenizer"],
     "scheduler": ["diffusers", "DDIMScheduler"],
 }
+OURS = "lora-kit merge, synced"
 REFERENCE = "diffusers: load, fuse, save"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -154,13 +155,22 @@ def contenders(base: Path, adapter: Path, out: Path) -> dict[str, list[str]]:
     ours = [sys.executable, "-m", "lora_kit", "merge", str(base), "--adapter", f"{adapter}:0.8", "--out", str(out)]
     scripts = {REFERENCE: DIFFUSERS, "plain loop over safetensors": NAIVE, "copy of the file": COPY}
     commands = {
-        "lora-kit merge (verified, synced)": ours,
-        "lora-kit merge --no-verify (synced)": [*ours, "--no-verify"],
+        OURS: ours,
+        "lora-kit merge --no-verify, synced": [*ours, "--no-verify"],
     }
     for name, script in scripts.items():
         commands[name] = [sys.executable, "-c", script, *files]
         commands[f"{name}, synced"] = [sys.executable, "-c", script + SYNC, *files]
     return commands
+
+
+def farthest(ours: Path, reference: Path) -> float:
+    """Over all tensors: max |a - b| / max |b|."""
+    from safetensors.torch import load_file
+
+    got, expected = load_file(ours / "unet" / WEIGHTS), load_file(reference / WEIGHTS)
+    assert got.keys() == expected.keys(), "the two wrote other tensors"
+    return max(float((got[key].float() - one.float()).abs().max() / one.abs().max()) for key, one in expected.items())
 
 
 def main() -> None:
@@ -179,11 +189,18 @@ def main() -> None:
         os.sync()
         commands = contenders(root / "base", root / "adapter.safetensors", root / "out")
         costs: dict[str, list[Cost]] = {name: [] for name in commands if options.only in name}
-        for _ in range(options.repeats):
-            for name in costs:
+        for repeat in range(options.repeats):
+            for number, name in enumerate(costs):
                 costs[name].append(measure(commands[name]))
-                shutil.rmtree(root / "out")
+                (root / "out").rename(root / f"out-{repeat}-{number}")
+                if repeat or name not in (OURS, REFERENCE):
+                    shutil.rmtree(root / f"out-{repeat}-{number}")
                 os.sync()
+        kept = [next(root.glob(f"out-0-{number}")) for number, name in enumerate(costs) if name in (OURS, REFERENCE)]
+        if len(kept) == 2:
+            print(
+                f"largest difference from diffusers' weights, relative to a tensor's largest: {farthest(*kept):.1e}\n"
+            )
     best = {name: min(found) for name, found in costs.items()}
     reference = best.get(REFERENCE)
     print("| process | seconds | of diffusers' | anonymous MB | peak resident MB |\n|---|---|---|---|---|")

@@ -10,7 +10,7 @@ from adapter_samples import bundle_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lora_kit.adapters import AdapterState, load_adapter, read_adapter, read_raw, write_kohya
+from lora_kit.adapters import AdapterState, read_adapter, read_raw, write_kohya
 from lora_kit.adapters.formats.lycoris import SUFFIXES
 from lora_kit.adapters.updates import METHODS
 from lora_kit.errors import AdapterFileError
@@ -144,16 +144,6 @@ def test_all_that_is_wrong_is_told_at_once(tensors: dict[str, Tensor], bundle: M
         f"{BLOCK}_attn2_to_q: changes the module's bias, but it has none",
     ):
         assert said in text
-
-
-def test_live_lora_layers_refuse_what_is_more_than_two_factors(
-    tensors: dict[str, Tensor], bundle: ModelBundle, tmp_path: Path
-) -> None:
-    state = read(tensors, bundle, tmp_path)
-    before = dict(bundle.unet.named_modules())
-    with pytest.raises(AdapterFileError, match=r"10 modules hold more than a plain LoRA's two factors \(boft, full"):
-        load_adapter(bundle.components, state.updates, "style")
-    assert dict(bundle.unet.named_modules()) == before
 
 
 def test_a_file_is_split_without_a_model(tensors: dict[str, Tensor], tmp_path: Path) -> None:
