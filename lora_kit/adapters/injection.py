@@ -9,9 +9,12 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from lora_kit.adapters.layers import activate, base_layer, with_adapter
-from lora_kit.adapters.record import adapter_names, forget, record_of, start_record
+from lora_kit.adapters.delta_layer import DeltaLayer
+from lora_kit.adapters.layers import LiveLayer, activate, base_layer, live_layer, live_layers, stacked, with_adapter
+from lora_kit.adapters.places import Model, components_of, module_at, put_module
+from lora_kit.adapters.record import adapter_names, forget, record_of, require_unfused, start_record
 from lora_kit.adapters.state import lora_layers
+from lora_kit.adapters.tokens import remove_tokens, require_tokenizer
 from lora_kit.errors import TargetError
 from lora_kit.targeting import TargetPlan
 
@@ -28,7 +31,7 @@ def inject(
 
     Raises TargetError, before anything is changed, if the plan is another model's or the name cannot be had.
     """
-    _check_name(components, adapter_name)
+    check_name(components, adapter_name)
     modules = _planned_modules(components, plan)
     for network in components.values():
         start_record(network).adapters.append(adapter_name)
@@ -37,7 +40,7 @@ def inject(
         if target.method == "full":
             _thaw(components, name, adapter_name)
         else:
-            _put(components, name, with_adapter(modules[name], target, adapter_name, seed))
+            put_module(components, name, with_adapter(modules[name], target, adapter_name, seed))
     trainable = trainable_parameters(components, plan, adapter_name)
     planned = {target.module.name for target in plan.targets if target.method != "full"}
     assert lora_layers(components, adapter_name).keys() == planned, "other modules than the plan's were adapted"
@@ -52,7 +55,7 @@ def trainable_parameters(
     """Target module's name → what trains there, in plan order: LoRA's [down, up], or the module's own for `full`."""
     found: dict[str, list[nn.Parameter]] = {}
     for target in plan.targets:
-        module = _module(components, target.module.name)
+        module = module_at(components, target.module.name)
         if target.method == "full":
             found[target.module.name] = list(base_layer(module).parameters(recurse=False))
             continue
@@ -62,18 +65,22 @@ def trainable_parameters(
     return found
 
 
-def eject(components: Mapping[str, nn.Module], adapter_name: str = "default") -> None:
-    """Undo `inject`: the very module objects come back, and with the last adapter the requires_grad flags.
+def eject(model: Model, adapter_name: str = "default") -> None:
+    """Undo `inject` or `load_adapter`: the module objects come back, with the last adapter the requires_grad flags.
+
+    model: a diffusers pipeline, a `ModelBundle`, or networks by name.
 
     Weights of `method: full` get their precision back but keep their trained values: a copy of the old ones
-    would double the memory. Raises TargetError if there is no such adapter.
+    would double the memory. Raises TargetError if there is no such adapter, or the adapters are fused.
     """
+    components = components_of(model)
+    require_unfused(components)
     require_adapter(components, adapter_name)
-    for name, layer in lora_layers(components, adapter_name).items():
-        activate(layer, [active for active in layer.active_adapters if active != adapter_name])
-        layer.delete_adapter(adapter_name)
-        if not layer.lora_A:
-            _put(components, name, layer.get_base_layer())
+    require_tokenizer(model, components, adapter_name)
+    remove_tokens(model, components, adapter_name)
+    for name, layer in live_layers(components).items():
+        if adapter_name in layer.adapters:
+            put_module(components, name, _without(layer, adapter_name))
     for component, network in components.items():
         for name, dtype in record_of(network).full.pop(adapter_name, {}).items():
             weight = _own_parameter(components, f"{component}.{name}")
@@ -90,7 +97,9 @@ def require_adapter(components: Mapping[str, nn.Module], adapter_name: str) -> N
         raise TargetError(f"no adapter is named `{adapter_name}`; the network carries: {listed}.")
 
 
-def _check_name(components: Mapping[str, nn.Module], adapter_name: str) -> None:
+def check_name(components: Mapping[str, nn.Module], adapter_name: str) -> None:
+    """Raise TargetError unless a new adapter can be put in, under this name."""
+    require_unfused(components)
     if adapter_name in adapter_names(components):
         raise TargetError(f"an adapter named `{adapter_name}` is injected already; eject it, or take another name.")
     if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
@@ -102,41 +111,45 @@ def _planned_modules(components: Mapping[str, nn.Module], plan: TargetPlan) -> d
     """The plan's modules as they are in the networks now."""
     found: dict[str, nn.Module] = {}
     problems: list[str] = []
-    for name, _, shape, _ in (target.module for target in plan.targets):
+    for target in plan.targets:
+        name, _, shape, _ = target.module
         try:
-            found[name] = _module(components, name)
+            found[name] = module_at(components, name)
         except (AttributeError, KeyError):
             problems.append(f"{name} is not in the model")
             continue
         got = tuple(getattr(base_layer(found[name]), "weight", torch.empty(0)).shape)
         if got != shape and shape:
             problems.append(f"{name} has shape {got}, the plan says {shape}")
+        if target.method == "full" and isinstance(live_layer(found[name]).delta, DeltaLayer):
+            problems.append(f"{name} carries an adapter that is no plain LoRA, over which its weight cannot train")
     if problems:
         listed = "\n  ".join(problems[:10] + ([f"… {len(problems) - 10} more"] if len(problems) > 10 else []))
-        raise TargetError(f"the plan was made for another model; make it from this one:\n  {listed}")
+        raise TargetError(f"the plan does not fit this model; make it from this one:\n  {listed}")
     return found
 
 
-def _module(components: Mapping[str, nn.Module], name: str) -> nn.Module:
-    component, _, inner = name.partition(".")
-    return components[component].get_submodule(inner)
-
-
-def _put(components: Mapping[str, nn.Module], name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(_module(components, parent), child, module)
+def _without(layer: LiveLayer, adapter_name: str) -> nn.Module:
+    """What stands in the module's place once the adapter is gone."""
+    lora, delta, base = layer
+    if lora is not None and adapter_name in lora.lora_A:
+        activate(lora, [active for active in lora.active_adapters if active != adapter_name])
+        lora.delete_adapter(adapter_name)
+    if delta is not None and adapter_name in delta.updates:
+        delta.remove(adapter_name)
+    return stacked(lora if lora and lora.lora_A else None, delta if delta and delta.updates else None, base)
 
 
 def _own_parameter(components: Mapping[str, nn.Module], name: str) -> nn.Parameter:
     module, _, own = name.rpartition(".")
-    return base_layer(_module(components, module)).get_parameter(own)
+    return base_layer(module_at(components, module)).get_parameter(own)
 
 
 def _thaw(components: Mapping[str, nn.Module], name: str, adapter_name: str) -> None:
     """Train the module's own parameters, in fp32; the Parameter objects stay."""
     component, _, inner = name.partition(".")
     before = record_of(components[component]).full.setdefault(adapter_name, {})
-    for own, weight in base_layer(_module(components, name)).named_parameters(recurse=False):
+    for own, weight in base_layer(module_at(components, name)).named_parameters(recurse=False):
         before[f"{inner}.{own}"] = weight.dtype
         weight.data = weight.data.float()
         weight.requires_grad_(True)

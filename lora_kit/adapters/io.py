@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_kit.adapters.formats import cloneofsimo, diffusers
 from lora_kit.adapters.formats.cloneofsimo import CloneOfSimo
@@ -20,10 +20,7 @@ from lora_kit.adapters.formats.peft_alphas import outputs_first
 from lora_kit.adapters.formats.recognise import recognise
 from lora_kit.adapters.state import AdapterState, adaptable_modules
 from lora_kit.errors import AdapterFileError
-from lora_kit.targeting.plan import ModuleInfo
-
-if TYPE_CHECKING:
-    from torch import nn
+from lora_kit.targeting import ModuleInfo
 
 _SHOWN = 10
 _INTEGERS = {"alpha", "on_input"}
@@ -63,12 +60,7 @@ def read_adapter(path: Path, components: Mapping[str, nn.Module]) -> AdapterStat
     Raises one AdapterFileError with everything that does not fit: unknown keys, missing halves, wrong shapes,
     NaN or infinite values. Never returns part of a file.
     """
-    return fit_adapter(path, adaptable_modules(components))
-
-
-def fit_adapter(path: Path, modules: Mapping[str, ModuleInfo]) -> AdapterState:
-    """As `read_adapter`, for a model of which only the modules are known."""
-    return fitted(path, read_raw(path), modules)
+    return fitted(path, read_raw(path), adaptable_modules(components))
 
 
 def fitted(path: Path, raw: RawAdapter, modules: Mapping[str, ModuleInfo]) -> AdapterState:

@@ -1,18 +1,61 @@
-"""One PEFT layer: how it is built over a module, and which adapters in it are active."""
+"""The layers over one module: how a PEFT layer is built, which adapters in it are active, and what lies under it."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, cast
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import Conv2d, Linear, LoraLayer
 from torch import Tensor, nn
 
+from lora_kit.adapters.delta_layer import DeltaLayer
 from lora_kit.targeting import Target, canonical_name
+
+
+class LiveLayer(NamedTuple):
+    """An adapted module: PEFT's layer over a DeltaLayer over the network's own module; either may be missing."""
+
+    lora: LoraLayer | None
+    delta: DeltaLayer | None
+    base: nn.Module
+
+    @property
+    def adapters(self) -> list[str]:
+        """The adapters that change this module."""
+        names = [*(self.lora.lora_A if self.lora else ()), *(self.delta.updates if self.delta else ())]
+        return list(dict.fromkeys(names))
+
+
+def live_layers(components: Mapping[str, nn.Module]) -> dict[str, LiveLayer]:
+    """Every adapted module by dotted name, in module order."""
+    return {
+        f"{component}.{inner}": live_layer(cast(nn.Module, module))
+        for component, network in components.items()
+        for inner, module in network.named_modules()
+        if isinstance(module, LoraLayer | DeltaLayer) and not inner.endswith(".base_layer")
+    }
+
+
+def live_layer(top: nn.Module) -> LiveLayer:
+    """What stands in a module's place, taken apart."""
+    lora = top if isinstance(top, LoraLayer) else None
+    under = lora.base_layer if lora else top
+    return LiveLayer(lora, under if isinstance(under, DeltaLayer) else None, base_layer(top))
+
+
+def stacked(lora: LoraLayer | None, delta: DeltaLayer | None, base: nn.Module) -> nn.Module:
+    """The layers, put on each other anew; the module that stands in the network."""
+    if delta is not None:
+        delta.base_layer = base
+    under = delta or base
+    if lora is None:
+        return under
+    lora.base_layer = under
+    return cast("nn.Module", lora)
 
 
 def with_adapter(module: nn.Module, target: Target, adapter_name: str, seed: int) -> nn.Module:
@@ -26,7 +69,7 @@ def with_adapter(module: nn.Module, target: Target, adapter_name: str, seed: int
     was_active = module.active_adapters if isinstance(module, LoraLayer) else []
     with torch.device("meta"):  # PEFT's own draw is neither paid for nor taken from the global generator
         layer = _layer(module, config, adapter_name)
-    base = layer.get_base_layer()
+    base = base_layer(layer)
     assert isinstance(base, nn.Linear | nn.Conv2d), f"{target.module.name} is a {type(base).__name__}"
     down, up = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
     down.weight, up.weight = _factors(down, up, base.weight.device, f"{seed}:{canonical_name(target.module.name)}")
@@ -44,8 +87,10 @@ def activate(layer: LoraLayer, names: Sequence[str]) -> None:
 
 
 def base_layer(module: nn.Module) -> nn.Module:
-    """The network's own module, whether or not a PEFT layer is over it."""
-    return module.get_base_layer() if isinstance(module, LoraLayer) else module
+    """The network's own module, whatever layers are over it."""
+    while isinstance(module, LoraLayer | DeltaLayer):
+        module = module.base_layer
+    return module
 
 
 def _layer(module: nn.Module, config: LoraConfig, adapter_name: str) -> Linear | Conv2d:
@@ -53,8 +98,11 @@ def _layer(module: nn.Module, config: LoraConfig, adapter_name: str) -> Linear |
     if isinstance(module, Linear | Conv2d):
         module.update_layer(adapter_name, rank, alpha, config=config)  # pyright: ignore[reportUnknownMemberType] - PEFT
         return module
-    wrapper = Linear if isinstance(module, nn.Linear) else Conv2d
-    return wrapper(module, adapter_name, config=config, r=rank, lora_alpha=alpha)
+    base = base_layer(module)
+    wrapper = Linear if isinstance(base, nn.Linear) else Conv2d
+    layer = wrapper(base, adapter_name, config=config, r=rank, lora_alpha=alpha)
+    layer.base_layer = module  # a DeltaLayer, it may be: PEFT reads the shapes off the network's own module
+    return layer
 
 
 def _factors(down: nn.Module, up: nn.Module, device: torch.device, key: str) -> tuple[nn.Parameter, nn.Parameter]:

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from lora_kit.adapters.updates import LoraUpdate, Update
 from lora_kit.errors import AdapterFileError
-from lora_kit.targeting import ModuleInfo, Target, TargetPlan, module_tree
+from lora_kit.targeting import ModuleInfo, module_tree
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
+
+    from lora_kit.targeting import TargetPlan
 
 
 class AdapterState(NamedTuple):
@@ -91,6 +93,8 @@ def plan_for(components: Mapping[str, nn.Module], updates: Mapping[str, LoraUpda
 
     Raises AdapterFileError naming every module that the model lacks.
     """
+    from lora_kit.targeting import Target, TargetPlan  # here: plans bring in pydantic, which files do without
+
     modules = weight_modules(components)
     missing = sorted(set(updates) - set(modules))
     if missing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +16,11 @@ from lora_kit.files import write_atomically
 from lora_kit.inference import Prepared, SamplingSettings, default_settings, prepare
 
 
-def open_base(base: str, adapters: Sequence[AdapterOption], dtype: DtypeName | None) -> Prepared:
+def open_base(
+    base: str, adapters: Sequence[AdapterOption], dtype: DtypeName | None, rules: Sequence[str] = ()
+) -> Prepared:
     """Load the base with the adapters, telling warnings on stderr."""
-    prepared = prepare(base, [option.path for option in adapters], torch_dtype(dtype) if dtype else None)
+    prepared = prepare(base, [option.path for option in adapters], torch_dtype(dtype) if dtype else None, rules)
     for warning in prepared.warnings:
         typer.echo(f"warning: {warning}", err=True)
     return prepared
@@ -52,7 +55,7 @@ def save_png(image: Image.Image, path: Path, facts: dict[str, str]) -> None:
     write_atomically(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=chunks))
 
 
-def facts_of(base: str, settings: SamplingSettings) -> dict[str, str]:
+def facts_of(base: str, settings: SamplingSettings, rules: Sequence[str] = ()) -> dict[str, str]:
     """What every picture of a command has in common, for its PNG."""
     return {
         "base": base,
@@ -62,4 +65,5 @@ def facts_of(base: str, settings: SamplingSettings) -> dict[str, str]:
         "sampler": settings.sampler,
         "size": f"{settings.width}x{settings.height}",
         "long_prompts": settings.long_prompts,
+        **({"scale_rules": json.dumps(rules)} if rules else {}),
     }

@@ -10,12 +10,15 @@ from typing import Annotated
 import typer
 
 from lora_kit.cli.options import (
+    BLOCK_WEIGHTS_HELP,
     LONG_PROMPTS_HELP,
+    SCALE_HELP,
     DtypeName,
     LongPrompts,
     parse_adapter,
     parse_size,
     refuse_existing,
+    scale_rules,
 )
 
 
@@ -24,6 +27,8 @@ def command(
     prompt: Annotated[list[str], typer.Option(help="What to draw. May be given several times.")],
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")],
     adapter: Annotated[list[str] | None, typer.Option(help="FILE or FILE:SCALE. May be given several times.")] = None,
+    scale: Annotated[list[str] | None, typer.Option(help=SCALE_HELP)] = None,
+    block_weights: Annotated[str | None, typer.Option(help=BLOCK_WEIGHTS_HELP)] = None,
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
     seed: Annotated[int, typer.Option(min=0, help="Seed of each prompt's first picture; the next has the next.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="Pictures for each prompt.")] = 1,
@@ -36,7 +41,7 @@ def command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures that are there.")] = False,
 ) -> None:
     """Draw every prompt `count` times. Each PNG's text chunks say how to draw it again."""
-    adapters = [parse_adapter(text) for text in adapter or []]
+    adapters, rules = [parse_adapter(text) for text in adapter or []], scale_rules(scale, block_weights)
     if size:
         parse_size(size)  # a typo is answered before anything is loaded
     seeds = list(range(seed, seed + count))
@@ -50,14 +55,19 @@ def command(
     asked = SamplingSettings(
         steps=steps, guidance=guidance, negative_prompt=negative, sampler=sampler, long_prompts=long_prompts
     )
-    prepared = open_base(base, adapters, dtype)
+    prepared = open_base(base, adapters, dtype, rules)
     settings = settings_for(prepared, size, asked)
     warn_of_long_prompts(prepared, [*prompt, negative], settings)
     scales = [option.scale for option in adapters]
     used = json.dumps([{"file": option.path.name, "scale": option.scale} for option in adapters])
     pictures = generate(prepared, prompt, seeds, scales, settings, progress)
     for picture, path in zip(pictures, paths, strict=True):
-        facts = {"prompt": picture.prompt, "seed": str(picture.seed), "adapters": used, **facts_of(base, settings)}
+        facts = {
+            "prompt": picture.prompt,
+            "seed": str(picture.seed),
+            "adapters": used,
+            **facts_of(base, settings, rules),
+        }
         save_png(picture.image, path, facts)
         typer.echo(str(path))
 

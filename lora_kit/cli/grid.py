@@ -9,7 +9,9 @@ from typing import Annotated
 import typer
 
 from lora_kit.cli.options import (
+    BLOCK_WEIGHTS_HELP,
     LONG_PROMPTS_HELP,
+    SCALE_HELP,
     DtypeName,
     LongPrompts,
     parse_adapter,
@@ -17,6 +19,7 @@ from lora_kit.cli.options import (
     parse_seeds,
     parse_size,
     refuse_existing,
+    scale_rules,
 )
 from lora_kit.errors import RecipeError
 
@@ -28,6 +31,8 @@ def command(
     out: Annotated[Path, typer.Option(help="The PNG.")],
     scales: Annotated[str, typer.Option(help="Strengths, a column each.")] = "0,0.5,1",
     seeds: Annotated[str, typer.Option(help="Seeds; each prompt has a row for each.")] = "0",
+    scale: Annotated[list[str] | None, typer.Option(help=SCALE_HELP)] = None,
+    block_weights: Annotated[str | None, typer.Option(help=BLOCK_WEIGHTS_HELP)] = None,
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
     steps: Annotated[int, typer.Option(min=1, help="Sampler steps.")] = 25,
     guidance: Annotated[float, typer.Option(min=0, help="Classifier-free guidance; 1 or less turns it off.")] = 7.5,
@@ -41,6 +46,7 @@ def command(
     adapters = [parse_adapter(text) for text in adapter]
     if any(option.scale != 1 for option in adapters):
         raise RecipeError("grid: --adapter takes a file without :SCALE here; --scales gives the strengths")
+    rules = scale_rules(scale, block_weights)
     strengths, rows = parse_numbers(scales, "--scales"), parse_seeds(seeds)
     if size:
         parse_size(size)
@@ -53,7 +59,7 @@ def command(
     asked = SamplingSettings(
         steps=steps, guidance=guidance, negative_prompt=negative, sampler=sampler, long_prompts=long_prompts
     )
-    prepared = open_base(base, adapters, dtype)
+    prepared = open_base(base, adapters, dtype, rules)
     settings = settings_for(prepared, size, asked)
     warn_of_long_prompts(prepared, [*prompt, negative], settings)
     sheet = grid(prepared, prompt, rows, strengths, settings, progress)
@@ -63,5 +69,5 @@ def command(
         "scales": scales,
         "adapters": json.dumps([option.path.name for option in adapters]),
     }
-    save_png(sheet, out, facts | facts_of(base, settings))
+    save_png(sheet, out, facts | facts_of(base, settings, rules))
     typer.echo(str(out))

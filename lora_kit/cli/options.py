@@ -16,6 +16,12 @@ DtypeName = Literal["fp32", "bf16", "fp16"]
 LongPrompts = Literal["cut", "chunks"]
 LONG_PROMPTS_HELP = "Prompts of more than 75 tokens: cut their end off, or encode them in chunks, as web UIs do."
 
+SCALE_HELP = (
+    "PATTERN=NUMBER, such as unet.up_blocks.**=0.6: multiplies the strength of what it matches; the last match "
+    "decides. May be given several times."
+)
+BLOCK_WEIGHTS_HELP = "17 or 26 numbers with commas between, as in sd-webui-lora-block-weight; --scale goes over them."
+
 _WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/]")
 
 
@@ -41,6 +47,11 @@ def parse_adapter(text: str, option: str = "--adapter") -> AdapterOption:
             f"{option}: got {text!r}; allowed: FILE or FILE:SCALE with a finite number, such as style.safetensors:0.8"
         )
     return AdapterOption(Path(drive + path), value)
+
+
+def scale_rules(scale: list[str] | None, block_weights: str | None) -> tuple[str, ...]:
+    """`--scale` and `--block-weights` as rules for `lora_kit.targeting.block_scales`: the last match decides."""
+    return (*([block_weights] if block_weights else []), *(scale or []))
 
 
 def parse_numbers(text: str, option: str) -> list[float]:

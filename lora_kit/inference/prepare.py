@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from lora_kit.adapters import AdapterState, family_of, load_adapter, read_adapter, set_scales
+from lora_kit.adapters import AdapterState, apply_scales, family_of, load_adapter, read_adapter
 from lora_kit.inference.sampling import SamplingSettings, vae_factor
 from lora_kit.models import ModelBundle, base_hash, load_bundle
 from lora_kit.recipe import ModelSection
+from lora_kit.targeting import module_tree
+from lora_kit.targeting.block_scales import check_depth, module_scales
 
 
 class Prepared(NamedTuple):
@@ -22,26 +24,37 @@ class Prepared(NamedTuple):
     adapters: tuple[str, ...]
     """Names of the adapters within the bundle, in the order of the files."""
     warnings: tuple[str, ...]
+    shares: Mapping[str, float]
+    """Adapted module → what every adapter's strength is multiplied by there."""
 
 
-def prepare(base: str, files: Sequence[Path], dtype: torch.dtype | None = None) -> Prepared:
-    """Load `base` and put the adapter files' layers in, all at strength 1.
+def prepare(base: str, files: Sequence[Path], dtype: torch.dtype | None = None, rules: Sequence[str] = ()) -> Prepared:
+    """Load `base` and put the adapter files' layers in, all at strength 1 until `scale_adapters`.
 
     On the GPU if there is one. `dtype` None: fp16 on a GPU, fp32 on a CPU; the VAE is fp32 always (SD's overflows in
     fp16). Warns about files that say they were trained on another family or base; that is allowed where the shapes
-    fit. Raises ModelError or AdapterFileError.
+    fit. `rules`: strengths per module for all files alike, `glob=number` or block weights (`targeting.block_scales`).
+    Raises ModelError, AdapterFileError, or RecipeError for a rule that is wrong or matches no adapted module.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     bundle = load_bundle(ModelSection(base=base), dtype or (torch.float16 if device == "cuda" else torch.float32))
     states = [read_adapter(path, bundle.components) for path in files]
     warnings = _mismatches(files, states, bundle)
+    shares = _shares(bundle, states, rules)
     networks: list[nn.Module] = [bundle.unet, bundle.text_encoder, bundle.vae]
     for network in networks:
         network.to(device)
     names = tuple(f"adapter_{index}" for index in range(len(files)))
     for name, state in zip(names, states, strict=True):
-        load_adapter(bundle.components, state.updates, name)
-    return Prepared(bundle, names, tuple(warnings))
+        load_adapter(bundle, state, name)
+    return Prepared(bundle, names, tuple(warnings), shares)
+
+
+def _shares(bundle: ModelBundle, states: Sequence[AdapterState], rules: Sequence[str]) -> dict[str, float]:
+    """A rule has to match a module of one of the files, not of every one."""
+    modules = [module.name for module in module_tree(bundle.components)]
+    check_depth(modules, rules)
+    return module_scales([name for name in modules if any(name in state.updates for state in states)], 1.0, rules)
 
 
 def _mismatches(files: Sequence[Path], states: Sequence[AdapterState], bundle: ModelBundle) -> list[str]:
@@ -70,5 +83,11 @@ def default_settings(bundle: ModelBundle) -> SamplingSettings:
 
 
 def scale_adapters(prepared: Prepared, scales: Sequence[float]) -> None:
-    """Set each adapter's strength, in the order of the files; 0 turns it off wholly."""
-    set_scales(prepared.bundle.components, dict(zip(prepared.adapters, scales, strict=True)))
+    """Set each adapter's strength, in the order of the files, times the rules' numbers; 0 turns it off wholly."""
+    apply_scales(
+        prepared.bundle.components,
+        {
+            name: {module: scale * share for module, share in prepared.shares.items()}
+            for name, scale in zip(prepared.adapters, scales, strict=True)
+        },
+    )

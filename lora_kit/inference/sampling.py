@@ -58,7 +58,7 @@ def draw(
     """One picture for each (prompt, seed) pair, in order.
 
     A picture's noise depends on its own seed alone, so how the pictures are batched changes them by rounding only.
-    Adapters act as `set_scales` left them. The networks are put in eval mode, without gradients, and given their
+    Adapters act as `set_scale` left them. The networks are put in eval mode, without gradients, and given their
     modes back; the global random state is not touched. `batch_size` None: as many as BATCH_PIXELS allows.
 
     Raises RecipeError for settings that cannot be drawn, ModelError if a picture is not finite.

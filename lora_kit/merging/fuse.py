@@ -47,6 +47,7 @@ class Delta(NamedTuple):
 
 
 _scratch = threading.local()
+_whole = threading.Lock()
 
 
 def working_dtype(stored: torch.dtype) -> torch.dtype:
@@ -83,16 +84,18 @@ def delta(part: Part | None, base: Tensor, dtype: torch.dtype) -> Delta:
 
 
 def _full(part: Part, update: Update, scale: float, base: Tensor, dtype: torch.dtype) -> Tensor | None:
-    original = base.to(dtype).reshape(part.shape) if update.needs_weight else None
-    found = (update.weight_delta if part.kind == "weight" else update.bias_delta)(scale, original, dtype)
-    return None if found is None else matrix(found.reshape(part.shape))
+    """ΔW as a whole. One thread at a time: a method's own arithmetic may hold several copies of a large weight."""
+    with _whole:
+        original = base.to(dtype).reshape(part.shape) if update.needs_weight else None
+        found = (update.weight_delta if part.kind == "weight" else update.bias_delta)(scale, original, dtype)
+        return None if found is None else matrix(found.reshape(part.shape))
 
 
 def blocks(base: Tensor, change: Delta, dtype: torch.dtype, key: str) -> Iterator[tuple[int, Tensor]]:
     """(first row, rows of W + ΔW in `dtype`) for `base` [rows, columns], computed in `working_dtype`.
 
-    The block handed out is overwritten by the next one. Raises ModelError where a value is not finite or does not
-    fit into `dtype`.
+    The block handed out is overwritten by the next one. Raises ModelError where a sum is not finite, or a value does
+    not fit into `dtype`.
     """
     working = working_dtype(base.dtype)
     rows, columns = base.shape
@@ -104,7 +107,7 @@ def blocks(base: Tensor, change: Delta, dtype: torch.dtype, key: str) -> Iterato
             exact.addmm_(change.up[start : start + step], change.down)
         if change.dense is not None:
             exact += change.dense[start : start + step]
-        _check(exact, dtype, key)
+        _check(exact, dtype, key, change.up is not None or change.dense is not None)
         yield start, exact if dtype == working else _buffer("cast", stored, dtype).copy_(exact)
 
 
@@ -117,15 +120,19 @@ def _buffer(name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
     return buffers[name, dtype][:count].view(like.shape)
 
 
-def _check(exact: Tensor, dtype: torch.dtype, key: str) -> None:
+def _check(exact: Tensor, dtype: torch.dtype, key: str, changes: bool) -> None:
+    """Raise ModelError for what does not fit. What is merely cast may hold infinities: OpenCLIP's mask does."""
     if not exact.numel():
         return
     extremes = torch.stack(torch.aminmax(exact))  # a NaN anywhere makes both NaN
     if bool(torch.isfinite(extremes.to(dtype)).all()):
         return
-    largest = float(extremes.abs().max())
-    if largest != largest or largest == float("inf"):
+    finite = torch.isfinite(exact)
+    if changes and not bool(finite.all()):
         raise ModelError(f"{key}: the result holds NaN or infinite values, so the base or an adapter is broken.")
-    raise ModelError(
-        f"{key}: its largest value {largest:.4g} does not fit into {dtype_name(dtype)}. Use --dtype bf16 or fp32."
-    )
+    lost = finite & ~torch.isfinite(exact.to(dtype))
+    if bool(lost.any()):
+        largest = float(exact[lost].abs().max())
+        raise ModelError(
+            f"{key}: its value {largest:.4g} does not fit into {dtype_name(dtype)}. Use --dtype bf16 or fp32."
+        )

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import torch
 
-from lora_kit.errors import AdapterFileError, RecipeError
+from lora_kit.errors import AdapterFileError, LoraKitError, RecipeError
 from lora_kit.merging.base import Base, open_base
-from lora_kit.merging.publish import check_out, write_merged
+from lora_kit.merging.publish import check_out, remove, write_merged
 from lora_kit.merging.record import MERGED, check_unmerge, merged_metadata, record_of, unmerged_metadata
 from lora_kit.merging.report import MergePlan, MergeReport, NetworkError, PlannedChange, PlannedUpdate
 from lora_kit.merging.sources import Source, read_sources
@@ -66,6 +66,8 @@ def merge(
     options = options or MergeOptions()
     check_out(base, out)
     work = _work(base, adapters, options)
+    if options.verify_network and options.unmerge:
+        raise RecipeError("--verify-network compares a merge with live adapters; an un-merge has none. Leave it out.")
     original = open_base(options.original) if options.original else None
 
     def inspect(written: list[WeightFile | None]) -> MergeReport:
@@ -74,8 +76,7 @@ def merge(
         )
 
     report = write_merged(work.base, work.rewrites, out, inspect)
-    networks = _networks(work, report.out, options) if options.verify_network else ()
-    return report._replace(networks=networks)
+    return report._replace(networks=_networks(work, out)) if options.verify_network else report
 
 
 def plan_merge(base: Path, adapters: Sequence[tuple[Source, float]], options: MergeOptions | None = None) -> MergePlan:
@@ -173,9 +174,11 @@ def _report(work: _Work, out: Path, options: MergeOptions, written: list[WeightF
     )
 
 
-def _networks(work: _Work, out: Path, options: MergeOptions) -> tuple[NetworkError, ...]:
+def _networks(work: _Work, out: Path) -> tuple[NetworkError, ...]:
     from lora_kit.merging.network import compare_networks  # here: it needs diffusers, whose import takes seconds
 
-    if options.unmerge:
-        raise RecipeError("--verify-network compares a merge with live adapters; an un-merge has none to compare with")
-    return compare_networks(work.base.path, work.updates, out)
+    try:
+        return compare_networks(work.base.path, work.updates, out)
+    except LoraKitError:
+        remove(out)  # written by this very call
+        raise

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_kit.adapters import LoraUpdate, Update, eject, load_adapter
-from lora_kit.adapters.state import is_plain_lora
-from lora_kit.errors import ModelError, RecipeError
-from lora_kit.merging.delta import ScaledUpdate, total_delta
+from lora_kit.adapters import eject, load_adapter
+from lora_kit.adapters.scaling import apply_scales
+from lora_kit.errors import ModelError
+from lora_kit.merging.delta import ScaledUpdate, total_bias_delta, total_delta
 from lora_kit.merging.report import NetworkError
 from lora_kit.merging.weights import component_files
 from lora_kit.models.loading import open_layout
@@ -27,16 +27,6 @@ LATENT_SIDE = 32
 Networks = dict[str, nn.Module]
 Outputs = dict[str, Tensor]
 Updates = Mapping[str, Sequence[ScaledUpdate]]
-
-
-def check_live(updates: Updates) -> None:
-    """Raise RecipeError, before any work, if the updates cannot be made live to compare with."""
-    others = sorted({one.update.method for some in updates.values() for one in some if not is_plain_lora(one.update)})
-    if others:
-        raise RecipeError(
-            f"--verify-network: holds only for plain LoRA, which PEFT can apply live; got {', '.join(others)}. The "
-            "weights are verified without it."
-        )
 
 
 def compare_networks(base: Path, updates: Updates, out: Path) -> tuple[NetworkError, ...]:
@@ -106,30 +96,30 @@ def _text_output(text_encoder: Any) -> Tensor:
 
 
 def _adapted_outputs(networks: Networks, updates: Updates) -> Outputs:
-    """`fixed_outputs` with live adapters, whose strengths are folded into their alphas; given back as they were."""
-    names: list[str] = []
+    """`fixed_outputs` with live adapters at their strengths; the networks are given back as they were."""
+    scales: dict[str, dict[str, float]] = {}
     for index in range(max(map(len, updates.values()))):
-        layer: dict[str, Update] = {name: _scaled(some[index]) for name, some in updates.items() if len(some) > index}
-        names.append(f"merged_{index}")
-        load_adapter(networks, layer, names[-1])
+        layer = {name: some[index] for name, some in updates.items() if len(some) > index}
+        load_adapter(networks, {name: one.update for name, one in layer.items()}, f"merged_{index}")
+        scales[f"merged_{index}"] = {name: one.scale for name, one in layer.items()}
+    apply_scales(networks, scales)
     outputs = fixed_outputs(networks)
-    for name in reversed(names):
+    for name in reversed(scales):
         eject(networks, name)
     return outputs
 
 
-def _scaled(one: ScaledUpdate) -> LoraUpdate:
-    assert isinstance(one.update, LoraUpdate)
-    return LoraUpdate(one.update.down, one.update.up, one.update.alpha * one.scale)
-
-
 @torch.no_grad()
 def _add_in_place(networks: Networks, updates: Updates) -> None:
-    """Add every ΔW to the live fp32 weights: the merge before its cast."""
+    """Add every ΔW and Δbias to the live fp32 weights: the merge before its cast."""
     for name, some in updates.items():
         component, _, inner = name.partition(".")
-        weight = networks[component].get_submodule(inner).weight
+        module = networks[component].get_submodule(inner)
+        weight, bias = module.weight, module.bias
         assert isinstance(weight, Tensor)
-        delta = total_delta(some, weight=weight)
-        if delta is not None:
-            weight += delta
+        changes = [(weight, total_delta(some, weight=weight))]
+        if isinstance(bias, Tensor):
+            changes.append((bias, total_bias_delta(some, bias=bias)))
+        for parameter, delta in changes:
+            if delta is not None:
+                parameter += delta

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from lora_kit.merging.stored import StoredTensor, WeightFile
-from lora_kit.models.ldm_keys import claim, structure
-from lora_kit.targeting.plan import ModuleInfo
+from lora_kit.models.ldm_keys import CLIP, OPEN_CLIP, UNET, claim, structure
+from lora_kit.targeting.modules import ModuleInfo
 
 _EMBEDDINGS = ("token_embedding", "position_embedding")
 
@@ -56,7 +56,10 @@ def folder_places(files: Mapping[str, Sequence[WeightFile]]) -> Places:
 
 
 def checkpoint_places(file: WeightFile) -> Places:
-    """Of a single-file checkpoint in the LDM layout: UNet and text encoder. SD2's OpenCLIP packs q, k and v."""
+    """Of a single-file checkpoint in the LDM layout: UNet and text encoder. SD2's OpenCLIP packs q, k and v.
+
+    Tensors of a component that no network uses (OpenCLIP's last layer, `attn_mask`) belong to it, but to no module.
+    """
     form = structure(file.tensors)
     claims = {key: claim(key, form) for key in file.tensors}
     rows = [
@@ -64,7 +67,9 @@ def checkpoint_places(file: WeightFile) -> Places:
         for key, found in claims.items()
         if found is not None and found.component != "vae"
     ]
-    return _places(rows)
+    prefixes = {"unet": UNET, "text_encoder": (CLIP, OPEN_CLIP)}
+    owners = {(0, key): name for name, prefix in prefixes.items() for key in file.tensors if key.startswith(prefix)}
+    return _places(rows)._replace(components=owners)
 
 
 def _places(rows: Sequence[_Row]) -> Places:

@@ -47,6 +47,14 @@ def write_merged(base: Base, rewrites: Sequence[Rewrite | None], out: Path, insp
         raise RecipeError(f"{out}: cannot be written ({error}). Nothing was left behind.") from error
 
 
+def remove(out: Path) -> None:
+    """Take back what was written."""
+    if out.is_dir():
+        shutil.rmtree(out)
+    else:
+        out.unlink()
+
+
 def _write_file(rewrites: Sequence[Rewrite | None], out: Path, inspect: Inspect) -> MergeReport:
     reports: list[MergeReport] = []
     (rewrite,) = rewrites

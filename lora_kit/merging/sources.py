@@ -6,15 +6,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lora_kit.adapters.formats.family import family_of
-from lora_kit.adapters.io import fit_adapter
+from lora_kit.adapters.io import fitted, read_raw
 from lora_kit.adapters.state import AdapterState
 from lora_kit.adapters.updates import build_update
-from lora_kit.errors import AdapterFileError, LoraKitError
+from lora_kit.errors import AdapterFileError
 from lora_kit.merging.base import Base
-from lora_kit.merging.stored import open_weights
 from lora_kit.merging.wanted import Scaled
 
 Source = AdapterState | Path
+_OTHER_FAMILY = "{0} was trained on {1}, and {2.path} is {2.family}: give the base it belongs to.\n"
 
 
 def read_sources(base: Base, adapters: Sequence[tuple[Source, float]]) -> tuple[list[Scaled], list[str]]:
@@ -26,18 +26,24 @@ def read_sources(base: Base, adapters: Sequence[tuple[Source, float]]) -> tuple[
     notes: list[str] = []
     problems: list[str] = []
     for source, scale in adapters:
+        other, family = False, None
         if isinstance(source, AdapterState):
             problems += _misfits(base, source)
             found.append(Scaled(source, scale))
             continue
         try:
-            state = fit_adapter(source, base.places.modules)
+            raw = read_raw(source)
+            family = family_of(raw.metadata)
+            other = family in ("sd1", "sd2") and base.family not in (None, family)
+            state = fitted(source, raw, base.places.modules)
         except AdapterFileError as error:
-            problems.append(f"{_other_family(base, source)}{error}")
+            problems.append(f"{_OTHER_FAMILY.format(source, family, base) if other else ''}{error}")
             continue
-        family = family_of(state.metadata)
-        if family in ("sd1", "sd2") and base.family not in (None, family):
+        if other:
             notes.append(f"{source.name} says it is for {family}, the base is {base.family}; all its shapes fit")
+        if state.embeddings:
+            tokens = ", ".join(sorted(state.embeddings))
+            notes.append(f"{source.name}: its learned tokens ({tokens}) are no weights, and are not in the merged base")
         found.append(Scaled(state, scale))
     if problems:
         raise AdapterFileError("\n".join(problems))
@@ -55,14 +61,3 @@ def _misfits(base: Base, state: AdapterState) -> Iterator[str]:
             build_update(update.parts(), getattr(update, "alpha", None), module.shape)
         except AdapterFileError as error:
             yield f"{name}: {error}"
-
-
-def _other_family(base: Base, path: Path) -> str:
-    """What to say first of a file that does not fit, if its header tells why."""
-    try:
-        family = family_of(open_weights(path).metadata) if path.suffix == ".safetensors" else None
-    except LoraKitError:
-        return ""
-    if family is None or base.family is None or family == base.family:
-        return ""
-    return f"{path} was trained on {family}, and {base.path} is {base.family}: give the base it belongs to.\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -17,6 +18,8 @@ from lora_kit.merging.stored import WeightFile
 from lora_kit.merging.wanted import Parts, all_parts
 
 SAMPLE = 8
+LARGE = 1 << 22
+"""Values of a weight; 32 MiB in float64."""
 
 
 class _Measured(NamedTuple):
@@ -77,6 +80,10 @@ def _measure(part: Part, stored: Tensor, merged: Tensor) -> _Measured:
     return _Measured(error / (largest or 1.0), cast / (largest or 1.0), share)
 
 
+def _is_plain(part: Part) -> bool:
+    return all(is_plain_lora(one.update) for one in part.updates)
+
+
 def _own_rounding(part: Part, stored: Tensor) -> Tensor | None:
     """[rows, columns]: what fp32 costs within updates that are more than two factors."""
     total: Tensor | None = None
@@ -102,8 +109,14 @@ def _rows(change: Delta, stored: Tensor) -> Iterator[tuple[slice, Tensor | float
         yield rows, added, magnitude
 
 
-def sample_of(items: Sequence[tuple[tuple[int, str], Part]]) -> list[tuple[tuple[int, str], Part]]:
-    """Up to SAMPLE of `items`, evenly spread, the first and last among them."""
+def sample_of(parts: Sequence[tuple[tuple[int, str], Part]]) -> list[tuple[tuple[int, str], Part]]:
+    """Up to SAMPLE of `parts`, evenly spread, the first and last among them.
+
+    Large weights are passed over where an update is more than two factors: its float64 arithmetic needs the whole
+    weight several times, where factors are multiplied some rows at a time.
+    """
+    small = [(place, part) for place, part in parts if math.prod(part.shape) <= LARGE or _is_plain(part)]
+    items = small or list(parts)
     count = min(SAMPLE, len(items))
     if count < 2:
         return list(items)

@@ -38,8 +38,8 @@ def wanted_updates(base: Base, adapters: Sequence[Scaled], specs: Sequence[str])
     Updates at strength 0 are left out. Raises RecipeError if a spec is wrong, or if nothing is left to merge.
     """
     names = [name for name in base.places.modules if any(name in state.updates for state, _ in adapters)]
-    check_depth(list(base.places.modules), specs)
     strengths = module_scales(names, 1.0, specs)
+    check_depth(list(base.places.modules), specs)
     found: Updates = {}
     for name in names:
         updates = [

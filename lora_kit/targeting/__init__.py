@@ -1,12 +1,24 @@
-"""Rules that pick layers. Starts without torch."""
+"""Rules that pick layers. Starts without torch.
 
-from lora_kit.targeting.globs import Pattern, compile_pattern
-from lora_kit.targeting.names import canonical_name
-from lora_kit.targeting.plan import ModuleInfo, PlanRule, Target, TargetPlan, plan_from_json, plan_to_json
-from lora_kit.targeting.presets import preset_rules
-from lora_kit.targeting.resolve import make_plan
-from lora_kit.targeting.table import plan_table
-from lora_kit.targeting.tree import module_tree
+Names are imported when they are first used (PEP 562): plans need pydantic and the recipe's sections, globs and module
+names do not.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora_kit.targeting.block_scales import ldm_block, module_scales
+    from lora_kit.targeting.globs import Pattern, compile_pattern
+    from lora_kit.targeting.modules import ModuleInfo
+    from lora_kit.targeting.names import canonical_name
+    from lora_kit.targeting.plan import PlanRule, Target, TargetPlan, plan_from_json, plan_to_json
+    from lora_kit.targeting.presets import preset_rules
+    from lora_kit.targeting.resolve import make_plan
+    from lora_kit.targeting.table import plan_table
+    from lora_kit.targeting.tree import module_tree
 
 __all__ = [
     "ModuleInfo",
@@ -16,10 +28,36 @@ __all__ = [
     "TargetPlan",
     "canonical_name",
     "compile_pattern",
+    "ldm_block",
     "make_plan",
+    "module_scales",
     "module_tree",
     "plan_from_json",
     "plan_table",
     "plan_to_json",
     "preset_rules",
 ]
+
+_HOMES = {
+    "ModuleInfo": "modules",
+    "Pattern": "globs",
+    "PlanRule": "plan",
+    "Target": "plan",
+    "TargetPlan": "plan",
+    "canonical_name": "names",
+    "compile_pattern": "globs",
+    "ldm_block": "block_scales",
+    "make_plan": "resolve",
+    "module_scales": "block_scales",
+    "module_tree": "tree",
+    "plan_from_json": "plan",
+    "plan_table": "table",
+    "plan_to_json": "plan",
+    "preset_rules": "presets",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -10,27 +10,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from lora_kit.errors import TargetError
 from lora_kit.recipe import TargetRule
+from lora_kit.targeting.modules import ModuleInfo
 
 PLAN_FORMAT = 1
 """Version of the JSON form."""
-
-
-class ModuleInfo(NamedTuple):
-    """One module that a rule can pick."""
-
-    name: str
-    """Dotted name that starts with the component: `unet.down_blocks.0.…`."""
-    kind: str
-    """`linear`, `conv`, or `other` (norms, embeddings: only `method: full` takes them)."""
-    shape: tuple[int, ...]
-    """The weight's shape: linear [out, in], conv [out, in, kh, kw]."""
-    parameters: int
-    """Count of the module's own parameters (weight and bias)."""
-
-    @property
-    def component(self) -> str:
-        """The name's first part: `unet`, `text_encoder`."""
-        return self.name.split(".", 1)[0]
 
 
 class Target(NamedTuple):

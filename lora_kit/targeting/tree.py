@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from lora_kit.targeting.plan import ModuleInfo
+from lora_kit.targeting.modules import ModuleInfo
 
 if TYPE_CHECKING:
     from torch import nn

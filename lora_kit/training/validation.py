@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from lora_kit.adapters import set_scales
+from lora_kit.adapters import set_scale
 from lora_kit.files import write_atomically, write_text
 from lora_kit.inference import SamplingSettings, compose_grid, draw
 from lora_kit.training.build import ADAPTER, Run, set_training
@@ -101,14 +101,14 @@ def _draw(run: Run, prompts: list[str], strength: float) -> list[Image.Image]:
 def at_strength(run: Run, strength: float) -> Generator[None]:
     """The adapter at this strength, and evaluation mode, while inside."""
     if not run.is_full:
-        set_scales(run.bundle.components, {ADAPTER: strength})
+        set_scale(run.bundle.components, {ADAPTER: strength})
     set_training(run.bundle, False)
     try:
         yield
     finally:
         set_training(run.bundle, True)
         if not run.is_full:
-            set_scales(run.bundle.components, {ADAPTER: 1.0})
+            set_scale(run.bundle.components, {ADAPTER: 1.0})
 
 
 def _held_out_losses(run: Run) -> list[float]:

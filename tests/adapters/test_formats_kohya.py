@@ -16,7 +16,7 @@ from lora_kit.adapters import (
     adapter_state,
     load_adapter,
     read_adapter,
-    set_scales,
+    set_scale,
     write_kohya,
 )
 from lora_kit.adapters.formats.kohya import kohya_name
@@ -173,7 +173,7 @@ def assert_equal_to_diffusers(base: Path, path: Path, scale: float) -> None:
 
     ours = bundle_of(base)
     load_adapter(ours.components, read_adapter(path, ours.components).updates, "style")
-    set_scales(ours.components, {"style": scale})
+    set_scale(ours.components, {"style": scale})
     pipe = StableDiffusionPipeline.from_pretrained(base)
     pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name="style")
     pipe.set_adapters("style", scale)

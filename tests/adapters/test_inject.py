@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lora_kit.adapters.injection import eject, inject, trainable_parameters
-from lora_kit.adapters.scaling import set_scales
+from lora_kit.adapters.scaling import set_scale
 from lora_kit.adapters.state import lora_layers
 from lora_kit.errors import TargetError
 from lora_kit.recipe import TargetRule
@@ -100,7 +100,7 @@ def test_update_equals_an_independent_computation(name: str, net: dict[str, nn.M
     layer.lora_A.double()
     layer.lora_B.double()
     down, up = (factor.detach().double() for factor in factors if isinstance(factor, Tensor))
-    set_scales(net, {"default": 0.25})
+    set_scale(net, {"default": 0.25})
     delta = 0.25 * 1.5 / 3 * torch.einsum("or,r...->o...", up.flatten(1), down)
     if isinstance(module, nn.Linear):
         x = torch.randn(2, 5, dtype=torch.float64)
@@ -244,7 +244,7 @@ def test_second_adapter_leaves_the_first_trainable(net: dict[str, nn.Module]) ->
 def test_ejecting_one_of_two_leaves_the_other(net: dict[str, nn.Module]) -> None:
     before = _snapshot(net)
     _two(net)
-    set_scales(net, {"one": 1})
+    set_scale(net, {"one": 1})
     alone = net["unet"](_x())
     eject(net, "two")
     assert torch.equal(net["unet"](_x()), alone)
@@ -262,7 +262,7 @@ def test_adapters_add_up_at_their_scales(net: dict[str, nn.Module]) -> None:
     adapted, x = net["unet"].get_submodule("proj"), torch.randn(3, 5, dtype=torch.float64)
     outputs = []
     for scales in ({"one": 0.5}, {"two": -2}, {"one": 0.5, "two": -2}):
-        set_scales(net, scales)
+        set_scale(net, scales)
         outputs.append(adapted(x) - proj(x))
     torch.testing.assert_close(outputs[0] + outputs[1], outputs[2], rtol=0, atol=1e-12)
 
@@ -271,23 +271,23 @@ def test_scale_zero_is_the_base_bit_for_bit(net: dict[str, nn.Module]) -> None:
     base = net["unet"](_x())
     _two(net)
     assert not torch.equal(net["unet"](_x()), base)
-    set_scales(net, {"one": 0, "two": 0.0})
+    set_scale(net, {"one": 0, "two": 0.0})
     assert torch.equal(net["unet"](_x()), base)
-    set_scales(net, {"one": 1, "two": 1})
+    set_scale(net, {"one": 1, "two": 1})
     assert not torch.equal(net["unet"](_x()), base)
 
 
 def test_scaling_keeps_what_is_trainable(net: dict[str, nn.Module]) -> None:
     inject(net, _plan(net))
     before = [weight.requires_grad for weight in net["unet"].parameters()]
-    set_scales(net, {"default": 0})
+    set_scale(net, {"default": 0})
     assert [weight.requires_grad for weight in net["unet"].parameters()] == before
 
 
 def test_unknown_adapter_is_refused(net: dict[str, nn.Module]) -> None:
     inject(net, _plan(net))
     with pytest.raises(TargetError, match="no adapter is named `other`; the network carries: default"):
-        set_scales(net, {"other": 1})
+        set_scale(net, {"other": 1})
     with pytest.raises(TargetError, match="no adapter is named `other`"):
         eject(net, "other")
 
@@ -295,14 +295,14 @@ def test_unknown_adapter_is_refused(net: dict[str, nn.Module]) -> None:
 def test_scale_must_be_finite(net: dict[str, nn.Module]) -> None:
     inject(net, _plan(net))
     with pytest.raises(TargetError, match="must be a finite number"):
-        set_scales(net, {"default": float("nan")})
+        set_scale(net, {"default": float("nan")})
 
 
 def test_full_adapter_cannot_be_scaled(net: dict[str, nn.Module]) -> None:
     inject(net, _plan(net, {"match": "unet.norm", "method": "full"}))
-    set_scales(net, {"default": 1})
+    set_scale(net, {"default": 1})
     with pytest.raises(TargetError, match="method: full"):
-        set_scales(net, {"default": 0.5})
+        set_scale(net, {"default": 0.5})
 
 
 @pytest.mark.parametrize("name", ["", "style.v2", "keys"])

@@ -14,7 +14,7 @@ from torch import Tensor
 from lora_kit.adapters.formats.layout import Layout, RawUpdate
 from lora_kit.adapters.updates import Update, build_update
 from lora_kit.errors import AdapterFileError, did_you_mean
-from lora_kit.targeting.plan import ModuleInfo
+from lora_kit.targeting.modules import ModuleInfo
 
 SHOWN = 40
 
