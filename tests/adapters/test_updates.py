@@ -199,6 +199,7 @@ def without(parts: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
         (GLORA | {"magnitude": torch.ones(OUT, 1)}, "magnitude is no part of a glora update"),
         (LORA | {"down": torch.ones(0, IN), "up": torch.ones(OUT, 0)}, "of rank 0"),
         (LORA | {"down": torch.ones(IN)}, "not a matrix"),
+        (LORA | {"up": torch.ones(OUT, RANK, dtype=torch.int8)}, "up is int8; allowed: floating-point"),
         (LORA | {"up": torch.full((OUT, RANK), torch.nan)}, r"holds NaN or infinite values \(in up\)"),
     ],
 )
@@ -242,6 +243,21 @@ def test_stored_precisions_are_kept_and_the_widest_is_told() -> None:
     assert {name: part.dtype for name, part in update.parts().items()} == {"down": torch.bfloat16, "up": torch.float16}
     assert update.dtype == torch.float32
     assert build_update(IA3, None, (OUT, IN)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_one_byte_floats_are_read_and_computed_in_fp32(dtype: torch.dtype) -> None:
+    parts = {name: part.to(dtype) for name, part in LORA.items()}
+    delta = build_update(parts, None, (OUT, IN)).weight_delta(1.0)
+    assert delta is not None
+    assert torch.equal(delta, torch.full((OUT, IN), 2.0))
+
+
+def test_an_update_moves_to_another_device_with_all_its_tensors() -> None:
+    update = build_update(LOKR, None, (OUT, IN))
+    moved = update.to("meta")
+    assert {part.device.type for part in moved.parts().values()} == {"meta"}
+    assert {part.device.type for part in update.parts().values()} == {"cpu"}
 
 
 def test_the_positional_form_of_lora_stays() -> None:

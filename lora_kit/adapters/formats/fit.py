@@ -57,7 +57,7 @@ def fit(path: Path, layout: Layout, parts: Split, modules: Mapping[str, ModuleIn
     for spelling, raw in sorted(parts.updates.items()):
         name = spellings.get(spelling)
         if name is None:
-            # Told for those that are shown: the search for near names takes long, and a hostile file has many.
+            # A guess costs a comparison with every name, so only those that will be read get one.
             hint = did_you_mean(spelling, spellings) if len(problems) < SHOWN else ""
             problems.append(f"{spelling}: no such module in the model.{hint}")
             continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any, ClassVar, NamedTuple, Self, cast
 
@@ -105,19 +105,24 @@ class Update(ABC):
         assert absolute is not None, "ask for the rounding of a ΔW only where there is one"
         return (self.roundings + 1) * FP32_ROUNDING * absolute
 
+    def to(self, device: torch.device | str) -> Self:
+        """The update with its tensors on `device`, in the precision they have."""
+        return self._mapped(lambda part: part.to(device))
+
     def _absolute(self) -> Self:
-        """The update with absolute values."""
+        """The update with absolute values, in float64."""
+        absolute = self._mapped(lambda part: part.double().abs())
+        return absolute if self.alpha is None else cast("Self", replace(cast("Any", absolute), alpha=abs(self.alpha)))
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Self:
         own = {field.name: getattr(self, field.name) for field in fields(cast("Any", self))}
-        changes = {name: _absolute(value) for name, value in own.items()}
-        if own.get("alpha") is not None:
-            changes["alpha"] = abs(own["alpha"])
-        return cast("Self", replace(cast("Any", self), **changes))
+        return cast("Self", replace(cast("Any", self), **{name: _mapped(one, change) for name, one in own.items()}))
 
 
-def _absolute(value: Any) -> Any:
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, dict):
-        return {name: _absolute(one) for name, one in cast("dict[str, Any]", value).items()}
-    return value.double().abs() if isinstance(value, Tensor) else value
+        return {name: _mapped(one, change) for name, one in cast("dict[str, Any]", value).items()}
+    return change(value) if isinstance(value, Tensor) else value
 
 
 def required(weight: Tensor | None, update: Update, dtype: torch.dtype) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from lora_kit.adapters.updates.base import Parts, Shape, Update
 from lora_kit.adapters.updates.full import FullUpdate, NormUpdate
@@ -27,6 +28,8 @@ METHODS: tuple[type[Update], ...] = (
     GloraUpdate,
     Ia3Update,
 )
+WHOLE_NUMBERS = {"on_input"}
+"""Parts that need not be floating-point."""
 _SHARED = {"magnitude", "diff_b"}
 """Parts that go with several methods."""
 
@@ -34,10 +37,14 @@ _SHARED = {"magnitude", "diff_b"}
 def build_update(parts: Parts, alpha: float | None, shape: Shape | None) -> Update:
     """The update that `parts` make for a module whose weight has `shape` (None: no module at hand).
 
-    Raises AdapterFileError, without the module's name, if they are no update, do not fit, or are not finite.
+    Raises AdapterFileError, without the module's name, if they are no update, do not fit, or are not finite numbers.
     """
     problems: list[str] = []
-    bad = [name for name, part in parts.items() if not bool(torch.isfinite(part).all())]
+    whole = [name for name, part in parts.items() if not part.is_floating_point() and name not in WHOLE_NUMBERS]
+    if whole:
+        kinds = ", ".join(f"{name} is {str(parts[name].dtype).removeprefix('torch.')}" for name in whole)
+        raise AdapterFileError(f"{kinds}; allowed: floating-point numbers")
+    bad = [name for name, part in parts.items() if not _is_finite(part)]
     if bad:
         problems.append(f"holds NaN or infinite values (in {', '.join(bad)})")
     if alpha is not None and not math.isfinite(alpha):
@@ -49,6 +56,11 @@ def build_update(parts: Parts, alpha: float | None, shape: Shape | None) -> Upda
     if problems:
         raise AdapterFileError("; ".join(problems))
     return update
+
+
+def _is_finite(part: Tensor) -> bool:
+    # Some one-byte floats have no isfinite of their own.
+    return bool(torch.isfinite(part.float() if part.element_size() == 1 else part).all())
 
 
 def _method(parts: Parts) -> type[Update]:
