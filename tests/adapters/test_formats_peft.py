@@ -133,6 +133,7 @@ def test_the_first_pattern_that_matches_decides() -> None:
         ({"lora_alpha": float("nan")}, "an alpha is nan"),
         ({"lora_alpha": 10**400}, "an alpha is 1000"),
         ({"rank_pattern": []}, None),
+        ({"rank_pattern": {"a[[x]": 1}}, None),
         ({"rank_pattern": [1]}, "rank_pattern is no object"),
         ({"rank_pattern": {"(": 1}}, "no regular expression"),
         ({"alpha_pattern": {"(a+)+x": 1}}, "could take for ever"),

@@ -32,8 +32,10 @@ DTYPES: dict[str, torch.dtype] = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
-_OTHER_DTYPES = {"F8_E4M3", "F8_E5M2", "F8_E8M0", "F6_E2M3", "F6_E3M2", "F4", "C64", "U16", "U32", "U64"}
+_OTHER_DTYPES = {"F8_E8M0", "F6_E2M3", "F6_E3M2", "F4", "C64", "U16", "U32", "U64"}
 _MAX_NAME = 512
 _MAX_DIMENSIONS = 8
 _MAX_MARKS = 24 * MAX_TENSORS  # one tensor's entry has about 14 of `{}[],:`

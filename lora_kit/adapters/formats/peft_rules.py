@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -171,7 +172,9 @@ def _compiled(key: str, name: str, source: str) -> re.Pattern[str]:
     if len(key) > _MAX_PATTERN_LENGTH or costly:
         raise AdapterFileError(f"{source}: {name} has an expression that could take for ever: {key[:60]!a}")
     try:
-        return re.compile(f"{_START}({key})$")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of what `[[` may mean one day; PEFT takes it as it is
+            return re.compile(f"{_START}({key})$")
     except (re.error, OverflowError, RecursionError) as error:
         raise AdapterFileError(f"{source}: {name} has no regular expression: {key[:60]!a} ({error})") from error
 
