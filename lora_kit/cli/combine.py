@@ -31,10 +31,10 @@ def command(
 
     from lora_kit.adapters import write_kohya
     from lora_kit.adapters.state import AdapterState
+    from lora_kit.algebra.combine import CombineOptions, combine
+    from lora_kit.algebra.lowrank_files import open_adapters
+    from lora_kit.algebra.lowrank_header import derived_metadata
     from lora_kit.cli.ranks import base_weights, budget_of, tell, token_notes
-    from lora_kit.merging.combine import CombineOptions, combine
-    from lora_kit.merging.lowrank_files import open_adapters
-    from lora_kit.merging.lowrank_header import derived_metadata
     from lora_kit.progress import progress
 
     options = CombineOptions(

@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from lora_kit.adapters import AdapterState, RawAdapter
-    from lora_kit.merging.densify import Cut, WeightOf
-    from lora_kit.targeting import ModuleInfo
+    from lora_kit.algebra.densify import Cut, WeightOf
 
 SHOWN = 10
 
@@ -66,38 +65,16 @@ def _cut(densify: bool, rank: int | None, keep: float | None) -> Cut | None:
         raise RecipeError(f"--keep: got {keep}; allowed: a share of the energy, above 0 and up to 1")
     if not densify:
         return None
-    from lora_kit.merging.densify import Cut
+    from lora_kit.algebra.densify import Cut
 
     return Cut(rank) if keep is None else Cut(rank, keep)
 
 
 def _state(file: Path, raw: RawAdapter, base: str | None) -> AdapterState:
-    """The adapter under module names: those of the base, or of the first published family that it fits."""
-    from lora_kit.adapters import family_of, fitted
-    from lora_kit.models.known_trees import KNOWN_FAMILIES, known_tree
+    """The adapter under module names: those of the base, or of the first known one that it fits."""
+    from lora_kit.algebra.lowrank_files import fitting_base
 
-    if base is not None:
-        return fitted(file, raw, _by_name(_tree(base)))
-    told = family_of(raw.metadata)
-    errors: list[AdapterFileError] = []
-    for family in sorted(KNOWN_FAMILIES, key=lambda one: (one != told, one)):
-        try:
-            return fitted(file, raw, _by_name(known_tree(family)))
-        except AdapterFileError as error:
-            errors.append(error)
-    least = min(errors, key=lambda error: len(str(error)))
-    raise AdapterFileError(f"{least}\nIt fits neither Stable Diffusion 1 nor 2. For another base pass --base.")
-
-
-def _by_name(tree: list[ModuleInfo]) -> dict[str, ModuleInfo]:
-    return {module.name: module for module in tree}
-
-
-def _tree(base: str) -> list[ModuleInfo]:
-    from lora_kit.models.outline import read_outline
-    from lora_kit.recipe import ModelSection
-
-    return read_outline(ModelSection(base=base)).tree
+    return fitting_base(file, raw, base)[1]
 
 
 def _holdable(
@@ -111,7 +88,7 @@ def _holdable(
         return state, []
     if cut is None:
         raise AdapterFileError(_refusal(to, problems))
-    from lora_kit.merging.densify import densified_metadata, densify, densify_report
+    from lora_kit.algebra.densify import densified_metadata, densify, densify_report
 
     weights = _weights(base) if base is not None else None
     typer.echo(f"densifying {len(problems)} modules", err=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from lora_kit.merging.compare import Comparison, ModulePair
+    from lora_kit.algebra.compare import Comparison, ModulePair
 
 SHOWN = 12
 
@@ -22,9 +22,9 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document, with every module.")] = False,
 ) -> None:
     """Compare what A and B do to each module at strength 1: cosine of the two ΔW, ratio of their norms."""
+    from lora_kit.algebra.compare import compare_adapters
+    from lora_kit.algebra.lowrank_files import open_adapters
     from lora_kit.cli.ranks import base_weights
-    from lora_kit.merging.compare import compare_adapters
-    from lora_kit.merging.lowrank_files import open_adapters
 
     opened = open_adapters([first, second], base)
     found = compare_adapters(opened[0].state, opened[-1].state, base_weights(base))

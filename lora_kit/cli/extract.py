@@ -10,7 +10,7 @@ import typer
 from lora_kit.cli.options import DtypeName, refuse_existing, torch_dtype
 
 if TYPE_CHECKING:
-    from lora_kit.merging.extract import Extracted
+    from lora_kit.algebra.extract import Extracted
 
 SHOWN = 8
 
@@ -36,9 +36,9 @@ def command(
 
     from lora_kit.adapters import write_kohya
     from lora_kit.adapters.state import AdapterState
+    from lora_kit.algebra.extract import ExtractOptions, extract
+    from lora_kit.algebra.extract_header import extracted_metadata
     from lora_kit.cli.ranks import base_path, budget_of, tell
-    from lora_kit.merging.extract import ExtractOptions, extract
-    from lora_kit.merging.extract_header import extracted_metadata
     from lora_kit.progress import progress
 
     options = ExtractOptions(

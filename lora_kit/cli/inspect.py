@@ -12,8 +12,8 @@ import typer
 from lora_kit.errors import RecipeError
 
 if TYPE_CHECKING:
-    from lora_kit.merging.inspection import Inspection
-    from lora_kit.merging.spectrum import UpdateSpectrum
+    from lora_kit.algebra.inspection import Inspection
+    from lora_kit.algebra.spectrum import UpdateSpectrum
 
 SHOWN_MODULES = 12
 SHOWN_TEXT = 100
@@ -32,12 +32,12 @@ def command(
     if plot is not None and plot.exists() and not overwrite:
         raise RecipeError(f"{plot} exists already; name another place or pass --overwrite")
 
+    from lora_kit.algebra.inspection import inspect_file
     from lora_kit.cli.ranks import base_weights
-    from lora_kit.merging.inspection import inspect_file
 
     found = inspect_file(file, base, dense, base_weights(base))
     if plot is not None:
-        from lora_kit.merging.plot import draw_inspection
+        from lora_kit.algebra.plot import draw_inspection
 
         draw_inspection(found, plot)
     if as_json:

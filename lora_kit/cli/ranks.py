@@ -9,12 +9,12 @@ from pathlib import Path
 import typer
 from torch import Tensor
 
+from lora_kit.algebra.extract_source import open_parameters
+from lora_kit.algebra.lowrank import Budget
+from lora_kit.algebra.lowrank_files import OpenedAdapter
+from lora_kit.algebra.lowrank_report import ModuleLoss, loss_document, loss_lines
+from lora_kit.algebra.lowrank_updates import Weights
 from lora_kit.errors import AdapterFileError
-from lora_kit.merging.extract_source import open_parameters
-from lora_kit.merging.lowrank import Budget
-from lora_kit.merging.lowrank_files import OpenedAdapter
-from lora_kit.merging.lowrank_report import ModuleLoss, loss_document, loss_lines
-from lora_kit.merging.lowrank_updates import Weights
 from lora_kit.models.outline import TINY_FOLDER
 
 

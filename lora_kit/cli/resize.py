@@ -28,10 +28,10 @@ def command(
 
     from lora_kit.adapters import write_kohya
     from lora_kit.adapters.state import AdapterState
+    from lora_kit.algebra.lowrank_files import open_adapters
+    from lora_kit.algebra.lowrank_header import derived_metadata
+    from lora_kit.algebra.resize import resize
     from lora_kit.cli.ranks import budget_of, tell, token_notes
-    from lora_kit.merging.lowrank_files import open_adapters
-    from lora_kit.merging.lowrank_header import derived_metadata
-    from lora_kit.merging.resize import resize
     from lora_kit.progress import progress
 
     budget = budget_of(rank, keep)

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from lora_kit.adapters import AdapterState, LoraUpdate, Update, write_kohya
-from lora_kit.merging import Budget, ModuleLoss, resize
-from lora_kit.merging.lowrank import singular_values
+from lora_kit.algebra import Budget, ModuleLoss, resize
+from lora_kit.algebra.lowrank import singular_values
 from lora_kit.models.known_trees import known_trees
 
 Result = TypeVar("Result")

@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lora_kit.adapters import AdapterState, LoraUpdate, Update, write_kohya
+from lora_kit.algebra import open_adapters
 from lora_kit.cli.main import main
-from lora_kit.merging import open_adapters
 from lora_kit.models.known_trees import known_trees
 from lora_kit.models.loading import TINY_FOLDER
 

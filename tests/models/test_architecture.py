@@ -108,4 +108,4 @@ def test_errors_are_the_skeletons(tmp_path: Path) -> None:
 
 
 def test_tiny_is_the_same_folder_everywhere() -> None:
-    assert outline._TINY_FOLDER == loading.TINY_FOLDER  # pyright: ignore[reportPrivateUsage] - the point of the test
+    assert outline.TINY_FOLDER == loading.TINY_FOLDER

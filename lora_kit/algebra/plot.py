@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lora_kit.algebra.inspection import Inspection
+from lora_kit.algebra.spectrum import UpdateSpectrum, block_of
 from lora_kit.files import write_atomically
-from lora_kit.merging.inspection import Inspection
-from lora_kit.merging.spectrum import UpdateSpectrum, block_of
 
 COLOURS = {"text encoder": "#2a7f62", "unet down": "#35618f", "unet mid": "#8a5a9e", "unet up": "#c06a2b"}
 OTHER_COLOUR = "#777777"

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from lora_kit.adapters.formats.header import tool_version
-from lora_kit.merging.extract import Extracted, ExtractOptions
-from lora_kit.merging.lowrank_header import base_facts, network_facts
+from lora_kit.algebra.extract import Extracted, ExtractOptions
+from lora_kit.algebra.lowrank_header import base_facts, network_facts
 
 
 def extracted_metadata(found: Extracted, base: Path, tuned: Path, options: ExtractOptions) -> dict[str, str]:

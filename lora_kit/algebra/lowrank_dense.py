@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_kit.merging.lowrank import Budget, Decomposed, rank_keeping, truncate
+from lora_kit.algebra.lowrank import Budget, Decomposed, rank_keeping, truncate
 
 OVERSAMPLING = 10
 POWER_ITERATIONS = 3

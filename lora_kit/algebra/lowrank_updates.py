@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from lora_kit.adapters.updates import FullUpdate, LoraUpdate, Update
+from lora_kit.algebra.lowrank import Budget, Decomposed, Factors, balanced
+from lora_kit.algebra.lowrank_dense import factorise
+from lora_kit.algebra.lowrank_report import ModuleLoss
 from lora_kit.errors import AdapterFileError
-from lora_kit.merging.lowrank import Budget, Decomposed, Factors, balanced
-from lora_kit.merging.lowrank_dense import factorise
-from lora_kit.merging.lowrank_report import ModuleLoss
 
 Weights = Callable[[str], Tensor]
 """Dotted module name → the base's weight."""

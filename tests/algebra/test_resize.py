@@ -7,8 +7,8 @@ import torch
 from low_rank_samples import SHAPES, dense, lora, relative, sample_state
 
 from lora_kit.adapters import LoraUpdate
+from lora_kit.algebra import Budget, resize, total_loss
 from lora_kit.errors import AdapterFileError, RecipeError
-from lora_kit.merging import Budget, resize, total_loss
 
 LINEAR = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 CONV = "unet.mid_block.resnets.0.conv1"

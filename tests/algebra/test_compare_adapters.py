@@ -7,7 +7,7 @@ import torch
 from low_rank_samples import SHAPES, dense, sample_state
 
 from lora_kit.adapters import AdapterState, LoraUpdate
-from lora_kit.merging import compare_adapters
+from lora_kit.algebra import compare_adapters
 
 LINEAR = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 

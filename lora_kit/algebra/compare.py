@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lora_kit.adapters.state import AdapterState
 from lora_kit.adapters.updates import Update
+from lora_kit.algebra import lowrank
+from lora_kit.algebra.lowrank_updates import Weights, bias_of, changes_weight, delta_of, factors_of
 from lora_kit.errors import AdapterFileError
-from lora_kit.merging import lowrank
-from lora_kit.merging.lowrank_updates import Weights, bias_of, changes_weight, delta_of, factors_of
 
 
 class ModulePair(NamedTuple):

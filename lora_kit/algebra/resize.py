@@ -9,10 +9,9 @@ from typing import NamedTuple
 import torch
 
 from lora_kit.adapters.updates import LoraUpdate, Update
-from lora_kit.errors import AdapterFileError
-from lora_kit.merging.lowrank import Budget, decompose, distance, dropped_norm, truncate
-from lora_kit.merging.lowrank_report import ModuleLoss
-from lora_kit.merging.lowrank_updates import (
+from lora_kit.algebra.lowrank import Budget, decompose, distance, dropped_norm, truncate
+from lora_kit.algebra.lowrank_report import ModuleLoss
+from lora_kit.algebra.lowrank_updates import (
     bias_of,
     changes_weight,
     delta_of,
@@ -24,6 +23,7 @@ from lora_kit.merging.lowrank_updates import (
     weight_shape,
     with_bias,
 )
+from lora_kit.errors import AdapterFileError
 from lora_kit.progress import ProgressBar, no_progress
 
 SHOWN = 20

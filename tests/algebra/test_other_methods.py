@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lora_kit.adapters import AdapterState, LoraUpdate, Update
 from lora_kit.adapters.updates import FullUpdate, NormUpdate, build_update
+from lora_kit.algebra import Budget, CombineOptions, combine, compare_adapters, resize, spectrum
+from lora_kit.algebra.spectrum import NEEDS_BASE, NEEDS_DENSE
 from lora_kit.errors import AdapterFileError
-from lora_kit.merging import Budget, CombineOptions, combine, compare_adapters, resize, spectrum
-from lora_kit.merging.spectrum import NEEDS_BASE, NEEDS_DENSE
 
 SHAPE = (24, 36)
 RANK_24 = CombineOptions(method="svd", budget=Budget(rank=24), dtype=torch.float64)

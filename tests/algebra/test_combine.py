@@ -7,9 +7,9 @@ import torch
 from low_rank_samples import SHAPES, dense, lora, relative, sample_state
 
 from lora_kit.adapters import AdapterState, LoraUpdate
+from lora_kit.algebra import Budget, CombineOptions, combine
+from lora_kit.algebra.combine_dense import dare, ties, trimmed
 from lora_kit.errors import RecipeError
-from lora_kit.merging import Budget, CombineOptions, combine
-from lora_kit.merging.combine_dense import dare, ties, trimmed
 
 LINEAR = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 

@@ -88,7 +88,10 @@ def _likely(raws: Sequence[RawAdapter], trees: Trees) -> list[str]:
 
 
 def _unknown_names(raw: RawAdapter, tree: Sequence[ModuleInfo]) -> int:
-    spellings = raw.layout.spellings(module.name for module in tree)
+    try:
+        spellings = raw.layout.spellings(module.name for module in tree)
+    except AdapterFileError:  # keys that are positions are all of another model, or none is
+        return len(raw.parts.updates)
     return sum(spelling not in spellings for spelling in raw.parts.updates)
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from low_rank_samples import SHAPES, dense, sample_state
 
-from lora_kit.merging import spectrum
-from lora_kit.merging.spectrum import block_norms, block_of
+from lora_kit.algebra import spectrum
+from lora_kit.algebra.spectrum import block_norms, block_of
 
 
 @pytest.mark.parametrize("name", list(SHAPES))

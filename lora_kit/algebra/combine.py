@@ -11,11 +11,10 @@ from torch import Tensor
 
 from lora_kit.adapters.state import AdapterState
 from lora_kit.adapters.updates import LoraUpdate, Update
-from lora_kit.errors import AdapterFileError, RecipeError
-from lora_kit.merging.combine_dense import dare, ties
-from lora_kit.merging.lowrank import Budget, Factors, decompose, distance, dropped_norm, stack, truncate
-from lora_kit.merging.lowrank_report import ModuleLoss
-from lora_kit.merging.lowrank_updates import (
+from lora_kit.algebra.combine_dense import dare, ties
+from lora_kit.algebra.lowrank import Budget, Factors, decompose, distance, dropped_norm, stack, truncate
+from lora_kit.algebra.lowrank_report import ModuleLoss
+from lora_kit.algebra.lowrank_updates import (
     Weights,
     bias_of,
     changes_weight,
@@ -29,6 +28,7 @@ from lora_kit.merging.lowrank_updates import (
     weight_shape,
     with_bias,
 )
+from lora_kit.errors import AdapterFileError, RecipeError
 from lora_kit.progress import ProgressBar, no_progress
 
 Method = Literal["concat", "svd", "ties", "dare"]

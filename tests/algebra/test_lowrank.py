@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_kit.merging import lowrank, lowrank_dense
+from lora_kit.algebra import lowrank, lowrank_dense
 
 EPS = torch.finfo(torch.float64).eps
 

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from lora_kit.adapters.formats.family import family_of
 from lora_kit.adapters.io import read_raw
+from lora_kit.algebra.lowrank_files import fitting_base
+from lora_kit.algebra.lowrank_updates import Weights
+from lora_kit.algebra.spectrum import BlockNorm, UpdateSpectrum, block_norms, built_updates, spectrum
 from lora_kit.errors import AdapterFileError
-from lora_kit.merging.lowrank_files import fitting_base
-from lora_kit.merging.lowrank_updates import Weights
-from lora_kit.merging.spectrum import BlockNorm, UpdateSpectrum, block_norms, built_updates, spectrum
 
 
 class Inspection(NamedTuple):

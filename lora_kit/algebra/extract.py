@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from lora_kit.adapters.updates import FullUpdate, LoraUpdate, NormUpdate, Update
+from lora_kit.algebra.extract_source import Parameters, open_parameters
+from lora_kit.algebra.lowrank import Budget
+from lora_kit.algebra.lowrank_report import ModuleLoss
+from lora_kit.algebra.lowrank_updates import factorised
 from lora_kit.errors import ModelError, RecipeError
-from lora_kit.merging.extract_source import Parameters, open_parameters
-from lora_kit.merging.lowrank import Budget
-from lora_kit.merging.lowrank_report import ModuleLoss
-from lora_kit.merging.lowrank_updates import factorised
 from lora_kit.progress import ProgressBar, no_progress
 
 _EMBEDDINGS = (".token_embedding", ".position_embedding")

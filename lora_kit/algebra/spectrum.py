@@ -11,10 +11,10 @@ from torch import Tensor
 
 from lora_kit.adapters.formats.layout import RawUpdate
 from lora_kit.adapters.updates import Update, build_update
+from lora_kit.algebra.lowrank import effective_rank, rank_keeping, singular_values
+from lora_kit.algebra.lowrank_dense import thin_svd
+from lora_kit.algebra.lowrank_updates import Weights, bias_of, changes_weight, delta_of, factors_of, method_name
 from lora_kit.errors import AdapterFileError
-from lora_kit.merging.lowrank import effective_rank, rank_keeping, singular_values
-from lora_kit.merging.lowrank_dense import thin_svd
-from lora_kit.merging.lowrank_updates import Weights, bias_of, changes_weight, delta_of, factors_of, method_name
 
 NEEDS_DENSE = "no low-rank form: needs a dense look (--dense)"
 NEEDS_BASE = "ΔW depends on the base's weight: needs --dense and --base"
