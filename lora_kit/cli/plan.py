@@ -25,9 +25,13 @@ def command(
     from lora_kit.cli.plan_buckets import bucket_json, bucket_lines, bucket_table
     from lora_kit.cli.plan_facts import buckets, memory, steps
     from lora_kit.models.outline import read_outline
+    from lora_kit.recipe.objective import check_against_base
     from lora_kit.targeting import make_plan, plan_table, plan_to_json
 
     base = read_outline(loaded.model)
+    if base.prediction_type is not None:
+        predicts = loaded.model.prediction_type or base.prediction_type
+        check_against_base(loaded.objective, loaded.model.base, predicts, base.timesteps or 1000)
     plan = make_plan(loaded.targets, base.tree)
     held = buckets(loaded)
     length, bytes_held = steps(loaded, held), memory(loaded, plan, base.parameters)
