@@ -19,7 +19,7 @@ def follow_schedules(bundle: ModelBundle, files: Sequence[Path], headers: Sequen
     warnings: list[str] = []
     decided: Path | None = None
     for path, header in zip(files, headers, strict=True):
-        trained = trained_schedule(header)
+        trained = trained_schedule(str(path), header)
         differing = _differences(bundle, trained)
         if not differing:
             continue

@@ -123,3 +123,14 @@ def test_8_bit_moments_as_bitsandbytes_holds_them() -> None:
 def test_data_of_the_hub_is_not_counted() -> None:
     length = steps(_recipe(train={"max_steps": 7}))
     assert (length.samples_per_epoch, length.epochs) == (None, None)
+
+
+def test_an_objective_that_the_base_cannot_have_is_refused(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def status(*overrides: str) -> object:
+        with pytest.raises(SystemExit) as caught:
+            main(["plan", str(recipe), "objective.zero_terminal_snr=true", *overrides])
+        return caught.value.code
+
+    assert status() == 2
+    assert "objective.zero_terminal_snr: `true` with a network that predicts the noise" in capsys.readouterr().err
+    assert status("model.prediction_type=sample") == 0

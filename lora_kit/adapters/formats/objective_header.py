@@ -61,17 +61,17 @@ def modelspec_prediction(prediction_type: str) -> str:
     return {ours: word for word, ours in _MODELSPEC_PREDICTIONS.items()}.get(prediction_type, prediction_type)
 
 
-def trained_schedule(metadata: Mapping[str, str]) -> TrainedSchedule:
-    """Raises AdapterFileError where `lora_kit.scheduler` is not what lora_kit writes."""
+def trained_schedule(file: str, metadata: Mapping[str, str]) -> TrainedSchedule:
+    """Raises AdapterFileError, which names `file`, where `lora_kit.scheduler` is not what lora_kit writes."""
     if SCHEDULER_KEY in metadata:
-        own = _own_scheduler(metadata[SCHEDULER_KEY])
+        own = _own_scheduler(file, metadata[SCHEDULER_KEY])
         return TrainedSchedule(own.get("prediction_type"), bool(own.get("rescale_betas_zero_snr")), binding=True)
     told = _MODELSPEC_PREDICTIONS.get(metadata.get("modelspec.prediction_type", ""))
     zero = metadata.get("ss_zero_terminal_snr") == "True"
     return TrainedSchedule(told, zero, binding=zero)
 
 
-def _own_scheduler(text: str) -> dict[str, Any]:
+def _own_scheduler(file: str, text: str) -> dict[str, Any]:
     try:
         read = json.loads(text)
     except ValueError:
@@ -79,7 +79,7 @@ def _own_scheduler(text: str) -> dict[str, Any]:
     own = cast("dict[str, Any]", read) if isinstance(read, dict) else {"prediction_type": read}
     if own.get("prediction_type") not in (None, *_MODELSPEC_PREDICTIONS.values()) or read is None:
         raise AdapterFileError(
-            f"The header's {SCHEDULER_KEY} is {text[:80]!r}; it should be JSON such as "
+            f"{file}: its header's {SCHEDULER_KEY} is {text[:80]!r}; it should be JSON such as "
             '{"prediction_type": "v_prediction"}. The file was changed by something else; take the original.'
         )
     return own
