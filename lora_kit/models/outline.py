@@ -30,7 +30,7 @@ class Outline(NamedTuple):
     """Of `unet`, `text_encoder` and `vae`."""
     prediction_type: str | None = None
     """What the scheduler's config says that the network predicts, and below how many timesteps it has; None where they
-    were not read, as of a single file."""
+    were not read, as of a single file that the outline describes without loading."""
     timesteps: int | None = None
 
 
@@ -100,7 +100,8 @@ def _built(section: ModelSection) -> Outline:
     tree = module_tree(bundle.components)
     networks = {**bundle.components, "vae": bundle.vae}
     sizes = {name: sum(weight.numel() for weight in network.parameters()) for name, network in networks.items()}
-    return Outline(tree, sizes)
+    config = bundle.scheduler_config
+    return Outline(tree, sizes, config.get("prediction_type", "epsilon"), config.get("num_train_timesteps"))
 
 
 def _count(tree: Sequence[ModuleInfo]) -> int:
