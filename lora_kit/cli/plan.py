@@ -27,9 +27,13 @@ def command(
     from lora_kit.cli.plan_facts import memory, steps
     from lora_kit.cli.plan_sources import data_facts, source_json, source_lines, source_table
     from lora_kit.models.outline import read_outline
+    from lora_kit.recipe.objective import check_against_base
     from lora_kit.targeting import make_plan, plan_table, plan_to_json
 
     base = read_outline(loaded.model)
+    if base.prediction_type is not None:
+        predicts = loaded.model.prediction_type or base.prediction_type
+        check_against_base(loaded.objective, loaded.model.base, predicts, base.timesteps or 1000)
     plan = make_plan(loaded.targets, base.tree)
     data = data_facts(loaded.data)
     held = data.buckets

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lora_kit.errors import ModelError
 
-PREDICTION_TYPES = ("epsilon", "v_prediction")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 def add_noise(z0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
@@ -16,7 +16,7 @@ def add_noise(z0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
 
 
 def target(prediction_type: str, z0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """ε, or v = √ᾱ ε - √(1 - ᾱ) z_0 (Salimans & Ho 2022, section 4).
+    """ε, v = √ᾱ ε - √(1 - ᾱ) z_0 (Salimans & Ho 2022, section 4), or `sample`: z_0.
 
     Raises ModelError for any other prediction type.
     """
@@ -25,4 +25,6 @@ def target(prediction_type: str, z0: Tensor, noise: Tensor, alpha_bar: Tensor) -
     if prediction_type == "v_prediction":
         a = alpha_bar.view(-1, 1, 1, 1)
         return a.sqrt() * noise - (1 - a).sqrt() * z0
+    if prediction_type == "sample":
+        return z0
     raise ModelError(f"prediction_type {prediction_type!r} is not known. Known: {', '.join(PREDICTION_TYPES)}.")

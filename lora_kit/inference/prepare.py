@@ -11,6 +11,7 @@ from torch import nn
 
 from lora_kit.adapters import AdapterState, apply_scales, family_of, load_adapter, read_adapter
 from lora_kit.inference.sampling import SamplingSettings, vae_factor
+from lora_kit.inference.schedules import follow_schedules
 from lora_kit.models import ModelBundle, base_hash, load_bundle
 from lora_kit.recipe import ModelSection
 from lora_kit.targeting import module_tree
@@ -33,14 +34,16 @@ def prepare(base: str, files: Sequence[Path], dtype: torch.dtype | None = None, 
 
     On the GPU if there is one. `dtype` None: fp16 on a GPU, fp32 on a CPU; the VAE is fp32 always (SD's overflows in
     fp16). Warns about files that say they were trained on another family or base; that is allowed where the shapes
-    fit. `rules`: strengths per module for all files alike, `glob=number` or block weights (`targeting.block_scales`).
-    Raises ModelError, AdapterFileError, or RecipeError for a rule that is wrong or matches no adapted module.
+    fit. What a header says of prediction and zero terminal SNR is followed, with a warning. `rules`: strengths per
+    module for all files alike, `glob=number` or block weights (`targeting.block_scales`). Raises ModelError,
+    AdapterFileError, or RecipeError for a rule that is wrong or matches no adapted module.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     bundle = load_bundle(ModelSection(base=base), dtype or (torch.float16 if device == "cuda" else torch.float32))
     states = [read_adapter(path, bundle.components) for path in files]
     warnings = _mismatches(files, states, bundle)
     shares = _shares(bundle, states, rules)
+    warnings += follow_schedules(bundle, files, [state.metadata for state in states])
     networks: list[nn.Module] = [bundle.unet, bundle.text_encoder, bundle.vae]
     for network in networks:
         network.to(device)

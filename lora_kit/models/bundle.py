@@ -64,7 +64,7 @@ class ModelBundle:
     scheduler_config: dict[str, Any]
     """The base's scheduler/scheduler_config.json: betas, prediction_type, …"""
     prediction_type: str
-    """`epsilon` or `v_prediction`, after any override."""
+    """`epsilon`, `v_prediction` or `sample`, after any override."""
     source: str
     """The base as the user named it."""
 

@@ -123,7 +123,7 @@ def unpacked(tensor: Tensor, found: Claim, prefix: str = "") -> dict[str, Tensor
 
 def _prediction_from(metadata: Mapping[str, str]) -> str | None:
     """What the header says, by the ModelSpec standard (Stability AI)."""
-    names = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
+    names = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction", "sample": "sample"}
     said = names.get(metadata.get("modelspec.prediction_type", ""))
     by_architecture = {"stable-diffusion-v2-768-v": "v_prediction", "stable-diffusion-v2-512": "epsilon"}
     return said or by_architecture.get(metadata.get("modelspec.architecture", ""))

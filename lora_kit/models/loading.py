@@ -6,7 +6,7 @@ import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -20,6 +20,7 @@ from lora_kit.models.diffusers_layout import DiffusersBase
 from lora_kit.models.families import recognise
 from lora_kit.models.layout import Configs, Layout
 from lora_kit.models.ldm_layout import LdmCheckpoint
+from lora_kit.recipe.base import PredictionType
 from lora_kit.recipe.sections import ModelSection
 
 TINY = "tiny"
@@ -114,10 +115,10 @@ def fresh_text_encoder(configs: Configs, dtype: torch.dtype, seed: int) -> CLIPT
 def _facts(section: ModelSection, configs: Configs) -> dict[str, Any]:
     """The bundle's fields that need no network; known before any weight is read."""
     prediction_type = section.prediction_type or configs.scheduler.get("prediction_type", "epsilon")
-    if prediction_type not in ("epsilon", "v_prediction"):
+    if prediction_type not in get_args(PredictionType):
         raise ModelError(
-            f"{section.base}: its scheduler says that the network predicts {prediction_type!r}; supported are epsilon "
-            f"and v_prediction. If the config is wrong, set model.prediction_type."
+            f"{section.base}: its scheduler says that the network predicts {prediction_type!r}; supported are "
+            f"{', '.join(get_args(PredictionType))}. If the config is wrong, set model.prediction_type."
         )
     return {
         "family": recognise(configs.unet, configs.text_encoder.hidden_size, section.base),

@@ -28,6 +28,10 @@ class Outline(NamedTuple):
     """Modules of UNet and text encoder, as `module_tree` gives them."""
     parameters: dict[str, int]
     """Of `unet`, `text_encoder` and `vae`."""
+    prediction_type: str | None = None
+    """What the scheduler's config says that the network predicts, and below how many timesteps it has; None where they
+    were not read, as of a single file that the outline describes without loading."""
+    timesteps: int | None = None
 
 
 class _Configs(NamedTuple):
@@ -43,7 +47,7 @@ def read_outline(section: ModelSection) -> Outline:
     error, is left to `skeleton`, which takes the time to import diffusers.
     """
     try:
-        return _described(_configs(section))
+        return _described(_configs(section))._replace(**_schedule(section))
     except (UnknownArchitectureError, LookupError, TypeError, ValueError, OSError, SafetensorError):
         return _built(section)
 
@@ -63,6 +67,16 @@ def _configs(section: ModelSection) -> _Configs:
     form = structure(shapes)
     unet, vae = ldm_configs.unet_config(shapes, form), ldm_configs.vae_config(shapes, form, 1.0)
     return _Configs(unet, ldm_configs.text_config(shapes, form), vae)
+
+
+def _schedule(section: ModelSection) -> dict[str, Any]:
+    """The outline's facts of a folder's scheduler; nothing where there is none, which loading will tell."""
+    path = _TINY_FOLDER if section.base == "tiny" else Path(section.base).expanduser()
+    config = path / "scheduler" / "scheduler_config.json"
+    if not config.is_file():
+        return {}
+    read = _read_json(config)
+    return {"prediction_type": read.get("prediction_type", "epsilon"), "timesteps": read.get("num_train_timesteps")}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -86,7 +100,8 @@ def _built(section: ModelSection) -> Outline:
     tree = module_tree(bundle.components)
     networks = {**bundle.components, "vae": bundle.vae}
     sizes = {name: sum(weight.numel() for weight in network.parameters()) for name, network in networks.items()}
-    return Outline(tree, sizes)
+    config = bundle.scheduler_config
+    return Outline(tree, sizes, config.get("prediction_type", "epsilon"), config.get("num_train_timesteps"))
 
 
 def _count(tree: Sequence[ModuleInfo]) -> int:

@@ -18,6 +18,10 @@ SCHEDULERS = {
     "pndm": "PNDMScheduler",
 }
 
+ZERO_TERMINAL_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+"""What a sampler's config has for a network trained with zero terminal SNR: the rescaled schedule (Lin et al. 2023,
+section 3.1), and steps that begin at its last timestep (section 3.3)."""
+
 # Where the base's config is silent: SD's own values. Clipping is for pixels in -1..1; latents go beyond.
 _LATENT_DEFAULTS = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "skip_prk_steps": True}
 
@@ -25,12 +29,17 @@ _LATENT_DEFAULTS = {"clip_sample": False, "set_alpha_to_one": False, "steps_offs
 def scheduler_named(name: str, config: Mapping[str, Any]) -> Any:
     """A sampler over the base's noise schedule: `ddim`, `dpm++`, `euler` or `pndm`.
 
-    `config` is a scheduler_config.json of any diffusers scheduler. Raises ModelError for an unknown name.
+    `config` is a scheduler_config.json of any diffusers scheduler. Raises ModelError for an unknown name, and
+    for `pndm` where diffusers' PNDM cannot follow the config.
     """
     if name not in SCHEDULERS:
         raise ModelError(
             f"Unknown sampler {name!r}; known are {', '.join(SCHEDULERS)}.{did_you_mean(name, SCHEDULERS)}"
         )
+    if name == "pndm" and (config.get("rescale_betas_zero_snr") or config.get("prediction_type") == "sample"):
+        kind = "zero terminal SNR" if config.get("rescale_betas_zero_snr") else "a network that predicts clean latents"
+        others = ", ".join(other for other in SCHEDULERS if other != "pndm")
+        raise ModelError(f"Sampler 'pndm' cannot draw with {kind}; use one of {others}.")
     scheduler: Any = getattr(diffusers, SCHEDULERS[name])
     return scheduler.from_config({**_LATENT_DEFAULTS, **config})
 

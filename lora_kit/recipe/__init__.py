@@ -17,6 +17,7 @@ from lora_kit.recipe.sections import (
     ScheduleSection,
     SourceSection,
     TargetRule,
+    TimestepSection,
     TrainSection,
     ValidationSection,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "ScheduleSection",
     "SourceSection",
     "TargetRule",
+    "TimestepSection",
     "TrainSection",
     "ValidationSection",
     "describe_lookup",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -11,11 +11,14 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
+Above0 = Annotated[float, Field(gt=0)]
+AtLeast0 = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 PathText = Annotated[str, Field(min_length=1)]
 Method = Literal["lora", "full"]
 Precision = Literal["fp32", "bf16", "fp16"]
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
 
 class Section(BaseModel):
@@ -53,3 +56,11 @@ def shown(value: object) -> str:
     """The value as it would stand in a recipe, cut to a line's length; for messages."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def idle(section: Section, keys: Iterable[str], why: str) -> Iterator[Problem]:
+    """A problem for each of the fields that has another value than its default, where that would do nothing."""
+    for key in keys:
+        value = getattr(section, key)
+        if value != type(section).model_fields[key].default:
+            yield Problem((key,), f"`{key}: {value}` {why}")

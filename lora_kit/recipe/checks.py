@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lora_kit.recipe.base import Problem
 from lora_kit.recipe.buckets import side_problem
+from lora_kit.recipe.objective import prediction_problems
 from lora_kit.recipe.rules import PresetRules, TargetRule
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ def recipe_problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _schedule(recipe)
     yield from _validation(recipe)
     yield from _targets_of_sources(recipe)
+    yield from _prediction(recipe)
 
 
 class _Placed(NamedTuple):
@@ -97,6 +99,13 @@ def _schedule(recipe: Recipe) -> Iterator[Problem]:
     if schedule.decay_steps and schedule.name != "constant":
         said = f"does nothing with `name: {schedule.name}`, which falls to zero by itself; remove it."
         yield Problem(("schedule", "decay_steps"), said)
+
+
+def _prediction(recipe: Recipe) -> Iterator[Problem]:
+    """Where the recipe says what the network predicts; what the base's config says is checked once it is read."""
+    if recipe.model.prediction_type is not None:
+        for problem in prediction_problems(recipe.objective, recipe.model.prediction_type):
+            yield Problem(("objective", *problem.path), problem.message)
 
 
 def _targets_of_sources(recipe: Recipe) -> Iterator[Problem]:

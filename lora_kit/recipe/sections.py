@@ -17,6 +17,7 @@ from lora_kit.recipe.base import (
     PathText,
     Positive,
     Precision,
+    PredictionType,
     Section,
     refuse,
 )
@@ -24,8 +25,10 @@ from lora_kit.recipe.buckets import BucketSection, bucket_problems
 from lora_kit.recipe.cache import CacheSection
 from lora_kit.recipe.captions import CaptionRules, CaptionSection
 from lora_kit.recipe.checks import recipe_problems
+from lora_kit.recipe.objective import ObjectiveSection
 from lora_kit.recipe.rules import PresetName, PresetRules, TargetItem, TargetRule, Targets
 from lora_kit.recipe.sources import Alpha, SourceSection, weight_problems
+from lora_kit.recipe.timesteps import TimestepSection
 
 __all__ = [
     "BucketSection",
@@ -48,6 +51,7 @@ __all__ = [
     "TargetItem",
     "TargetRule",
     "Targets",
+    "TimestepSection",
     "TrainSection",
     "ValidationSection",
 ]
@@ -64,8 +68,9 @@ class ModelSection(Section):
     """File variant of a hub id or folder, such as `fp16`."""
     tokenizer: PathText | None = None
     """Folder or hub id of the CLIP tokenizer, for a single-file checkpoint (it carries none)."""
-    prediction_type: Literal["epsilon", "v_prediction"] | None = None
-    """What the network predicts. Default: what the base's scheduler config says."""
+    prediction_type: PredictionType | None = None
+    """What the network predicts: the noise (`epsilon`), v (`v_prediction`) or the clean latents (`sample`). Default:
+    what the base's scheduler config says."""
     weights: Literal["pretrained", "fresh"] = "pretrained"
     """`fresh` initialises UNet and text encoder anew from the base's configs (the VAE keeps its weights)."""
 
@@ -105,18 +110,6 @@ class DataSection(CacheSection):
         refuse("DataSection", weight_problems(self.sources))
         refuse("DataSection", bucket_problems(self.buckets, self.resolution, self.sources))
         return self
-
-
-class ObjectiveSection(Section):
-    """What is minimised."""
-
-    min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
-    """Min-SNR loss weight (Hang et al. 2023); 5 is the paper's. Default: plain mean squared error."""
-    noise_offset: Annotated[float, Field(ge=0)] = 0.0
-    """Standard deviation of a per-channel constant added to the noise, for darker darks. 0.05 is usual."""
-    unmasked_weight: Fraction = 0.0
-    """What the parts outside a picture's mask count, where it has one. Above 0 keeps them from drifting; the loss is
-    divided by all weights' sum. Pictures without a mask count everywhere."""
 
 
 class OptimizerSection(Section):

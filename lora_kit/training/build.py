@@ -19,7 +19,7 @@ from lora_kit.training.checkpoints import named_trainables
 from lora_kit.training.conditions import Conditions
 from lora_kit.training.ema import WeightAverage
 from lora_kit.training.held_out import HeldOut
-from lora_kit.training.objective import build_objective
+from lora_kit.training.objective import adopt_schedule, build_objective, objective_notices
 from lora_kit.training.optimizers import build_optimizer, parameter_groups
 from lora_kit.training.precision import base_dtype
 from lora_kit.training.prepared import PreparedData, place_networks, prepare_data
@@ -68,6 +68,7 @@ class Run(NamedTuple):
         """What the user should be told once about data and targets."""
         sets = [data for data in (self.data, self.prepared.held_out) if data is not None]
         notices = [*self.prepared.notices, *(notice for data in sets for notice in data.notices)]
+        notices += objective_notices(self.learner.objective)
         if self.skipped:
             names = name_some([flaw.id for flaw in self.skipped])
             notices = [
@@ -89,6 +90,7 @@ class Run(NamedTuple):
 def build_run(recipe: Recipe, accelerator: Accelerator) -> Run:
     """Load, plan, encode the data, inject, and make the optimizer."""
     bundle = load_bundle(recipe.model, dtype=base_dtype(recipe), seed=recipe.seed)
+    adopt_schedule(recipe.objective, bundle)
     plan = make_plan(recipe.targets, module_tree(bundle.components))
     hashed = "" if plan.targets[0].method == "full" else base_hash(bundle)
     trains_text = any(target.module.component == "text_encoder" for target in plan.targets)

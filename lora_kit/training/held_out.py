@@ -77,7 +77,8 @@ def _batches(pictures: TrainingSet) -> Iterator[list[int]]:
 
 
 def _draws(held_out: HeldOut, index: int, shape: Sequence[int], timesteps: int) -> Draws:
-    """All draws of one picture: noise [k, c, h, w], timesteps [k]."""
+    """All draws of one picture: plain noise [k, c, h, w], timesteps [k] over the whole schedule, whatever the objective
+    trains on."""
     generator = generator_for(held_out.seed, "held-out", index)
     count = held_out.timesteps_per_picture
     times = stratified_timesteps(count, timesteps, generator)
@@ -86,4 +87,4 @@ def _draws(held_out: HeldOut, index: int, shape: Sequence[int], timesteps: int) 
 
 
 def _nth(draws: Sequence[Draws], k: int) -> Draws:
-    return Draws(*(torch.stack([getattr(d, field)[k] for d in draws]) for field in Draws._fields))
+    return Draws(*(torch.stack([part[k] for part in parts]) for parts in zip(*(d[:3] for d in draws), strict=True)))

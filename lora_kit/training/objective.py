@@ -10,30 +10,128 @@ from torch import Tensor, nn
 from lora_kit.data import Batch
 from lora_kit.diffusion import (
     Draws,
+    PyramidShape,
+    adaptive_offset,
     add_noise,
     alphas_cumprod,
+    debiased_weight,
+    draw_for_samples,
+    elementwise_loss,
     masked_mean,
     min_snr_weight,
+    offset_noise,
+    p2_weight,
+    perturbation_for_samples,
+    perturbed,
+    pyramid_for_samples,
     signal_to_noise,
+    soft_min_snr_weight,
     target,
+    thresholds,
+    v_as_epsilon_weight,
 )
+from lora_kit.errors import ModelError
 from lora_kit.models import ModelBundle
+from lora_kit.models.pipelines import ZERO_TERMINAL_SNR
 from lora_kit.recipe import ObjectiveSection
+from lora_kit.recipe.objective import check_against_base, weight_name
+from lora_kit.training.timesteps import drawn_timesteps
 
 Condition = Callable[[Sequence[str]], Any]
 
 
 class Objective(NamedTuple):
-    """What is minimised, with the schedule it was derived from."""
+    """What is minimised, with the schedule it was derived from. Tables over timesteps lie on the CPU."""
 
     section: ObjectiveSection
     alpha_bars: Tensor
-    """ᾱ, float64 [T], on the CPU."""
+    """ᾱ, float64 [T]."""
+    weights: Tensor | None
+    """Of each timestep's loss, float64 [T]; None: 1 everywhere."""
+    thresholds: Tensor | None
+    """The pseudo-Huber losses' c, float64 [T]; None for the other losses."""
+
+
+def adopt_schedule(section: ObjectiveSection, bundle: ModelBundle) -> None:
+    """Check the objective against the base, and put the run's noise schedule into the bundle's `scheduler_config`,
+    where the objective and the samplers of validation pictures read it, and a full fine-tune's folder has it from.
+
+    Raises RecipeError where the objective and what the base predicts do not agree, naming all of it.
+    """
+    count = int(bundle.scheduler_config.get("num_train_timesteps", 1000))
+    check_against_base(section, bundle.source, bundle.prediction_type, count)
+    if section.zero_terminal_snr:
+        bundle.scheduler_config = {**bundle.scheduler_config, **ZERO_TERMINAL_SNR}
+    elif bundle.scheduler_config.get("rescale_betas_zero_snr") and bundle.prediction_type == "epsilon":
+        raise ModelError(
+            f"{bundle.source}: its scheduler config has zero terminal SNR (`rescale_betas_zero_snr: true`) and says "
+            "that the network predicts the noise, which cannot be: at the last timestep the noise is all of the input. "
+            "Set model.prediction_type to what it predicts, or set that key to false in scheduler_config.json."
+        )
+
+
+def schedule_facts(bundle: ModelBundle) -> dict[str, object]:
+    """What a sampler has to know of the run's schedule, for the adapter's header."""
+    changed = ZERO_TERMINAL_SNR if bundle.scheduler_config.get("rescale_betas_zero_snr") else {}
+    return {"prediction_type": bundle.prediction_type, **changed}
 
 
 def build_objective(section: ObjectiveSection, bundle: ModelBundle) -> Objective:
-    """The objective on the base's own noise schedule."""
-    return Objective(section, alphas_cumprod(bundle.scheduler_config))
+    """The objective on the bundle's noise schedule, as `adopt_schedule` left it."""
+    alpha_bars = alphas_cumprod(bundle.scheduler_config)
+    robust = section.loss in ("huber", "smooth_l1")
+    return Objective(
+        section,
+        alpha_bars,
+        weights=loss_weights(section, alpha_bars, bundle.prediction_type),
+        thresholds=thresholds(section.huber_schedule, section.huber_c, alpha_bars) if robust else None,
+    )
+
+
+def objective_notices(objective: Objective) -> list[str]:
+    """What the user should be told once about the objective."""
+    weights, last = objective.weights, float(objective.alpha_bars[-1])
+    if weights is None or last > 0 or float(weights[-1]) > 0:
+        return []
+    return [
+        f"objective.{weight_name(objective.section)} has weight 0 at the last timestep, where there is no signal: "
+        "what zero terminal SNR is for is hardly trained. Without a weight it is."
+    ]
+
+
+def loss_weights(section: ObjectiveSection, alpha_bars: Tensor, prediction_type: str) -> Tensor | None:
+    """The weight of each timestep's loss that the section asks for, in ᾱ's shape; None: 1 everywhere."""
+    snr = signal_to_noise(alpha_bars)
+    match weight_name(section):
+        case "min_snr_gamma":
+            return min_snr_weight(snr, section.min_snr_gamma or 0, prediction_type)
+        case "soft_min_snr_gamma":
+            return soft_min_snr_weight(snr, section.soft_min_snr_gamma or 0, prediction_type)
+        case "debiased":
+            return debiased_weight(snr, prediction_type)
+        case "p2_gamma":
+            return p2_weight(snr, section.p2_gamma or 0, section.p2_k, prediction_type)
+        case "v_as_epsilon":
+            return v_as_epsilon_weight(snr)
+        case _:
+            return None
+
+
+def draw(objective: Objective, seed: int, step: int, batch: Batch, shape: Sequence[int]) -> Draws:
+    """All draws of a micro-batch for latents of `shape` [c, h, w]: functions of (seed, step, position) alone."""
+    section, positions = objective.section, batch.positions.tolist()
+    # The adaptive offset needs the latents: `noised_latents` adds it.
+    fixed_offset = 0.0 if section.adaptive_noise_scale else section.noise_offset
+    draws = draw_for_samples(seed, step, positions, shape, len(objective.alpha_bars), fixed_offset)
+    times = drawn_timesteps(section.timesteps, len(objective.alpha_bars), seed, step, batch)
+    if times is not None:
+        draws = draws._replace(timesteps=times)
+    if section.pyramid_levels:
+        pyramid = PyramidShape(section.pyramid_levels, section.pyramid_discount)
+        draws = draws._replace(noise=pyramid_for_samples(draws.noise, seed, step, positions, pyramid))
+    if section.input_perturbation:
+        draws = draws._replace(perturbation=perturbation_for_samples(seed, step, positions, shape))
+    return draws
 
 
 def latent_moments(bundle: ModelBundle, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -55,12 +153,15 @@ class Noised(NamedTuple):
     clean: Tensor
     """z_0 [b, c, h, w]."""
     noise: Tensor
+    """ε, which the target is made of."""
     noisy: Tensor
     """z_t."""
     timesteps: Tensor
     """int64 [b]."""
     alpha_bar: Tensor
     """ᾱ_t, float64 [b], on the CPU."""
+    host_timesteps: Tensor
+    """`timesteps` on the CPU: reading them from a GPU would wait for it."""
 
     def rows(self, rows: list[int]) -> Noised:
         """Those of some samples."""
@@ -70,11 +171,18 @@ class Noised(NamedTuple):
 def noised_latents(objective: Objective, bundle: ModelBundle, moments: tuple[Tensor, Tensor], draws: Draws) -> Noised:
     """Sample the latents and add the draws' noise at their timesteps."""
     mean, std = moments
-    noise, timesteps = draws.noise.to(mean.device), draws.timesteps.to(mean.device)
-    clean = bundle.family.target_latents(bundle, mean, std, draws.posterior_noise.to(mean.device))
+    device, section = mean.device, objective.section
+    noise, timesteps = draws.noise.to(device), draws.timesteps.to(device)
+    clean = bundle.family.target_latents(bundle, mean, std, draws.posterior_noise.to(device))
+    if section.adaptive_noise_scale and draws.offsets is not None:
+        scale = adaptive_offset(clean, section.noise_offset, section.adaptive_noise_scale)
+        noise = offset_noise(noise, draws.offsets.to(device), scale)
+    seen = noise
+    if draws.perturbation is not None:
+        seen = perturbed(noise, draws.perturbation.to(device), section.input_perturbation)
     alpha_bar = objective.alpha_bars[draws.timesteps]
-    noisy = add_noise(clean, noise, alpha_bar.float().to(mean.device))
-    return Noised(clean, noise, noisy, timesteps, alpha_bar)
+    noisy = add_noise(clean, seen, alpha_bar.float().to(device))
+    return Noised(clean, noise, noisy, timesteps, alpha_bar, draws.timesteps)
 
 
 def wanted_prediction(bundle: ModelBundle, noised: Noised) -> Tensor:
@@ -86,15 +194,19 @@ def wanted_prediction(bundle: ModelBundle, noised: Noised) -> Tensor:
 def sample_losses(
     objective: Objective, bundle: ModelBundle, noised: Noised, condition: Any, wanted: Tensor, masks: Tensor | None
 ) -> Tensor:
-    """Weighted mean squared error of each sample, float32 [b]. masks: as `Batch.masks`."""
+    """Weighted mean loss of each sample, float32 [b]. masks: as `Batch.masks`."""
     prediction = bundle.family.predict(bundle, noised.noisy, noised.timesteps, condition)
-    errors = (prediction.float() - wanted).square()
+    difference = prediction.float() - wanted
+    threshold = _at(objective.thresholds, noised, difference)
+    errors = elementwise_loss(objective.section.loss, difference, threshold)
     losses = masked_mean(errors, masks, objective.section.unmasked_weight)
-    gamma = objective.section.min_snr_gamma
-    if gamma is None:
-        return losses
-    weights = min_snr_weight(signal_to_noise(noised.alpha_bar), gamma, bundle.prediction_type)
-    return losses * weights.float().to(losses.device)
+    weights = _at(objective.weights, noised, losses)
+    return losses if weights is None else losses * weights
+
+
+def _at(table: Tensor | None, noised: Noised, like: Tensor) -> Tensor | None:
+    """A table over timesteps at those of the samples, float32 [b]."""
+    return None if table is None else table[noised.host_timesteps].float().to(like.device)
 
 
 def _in_order(kept: Tensor, made: Tensor, is_kept: Tensor) -> Tensor:

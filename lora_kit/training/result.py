@@ -23,6 +23,7 @@ from lora_kit.models import pipeline
 from lora_kit.targeting import plan_to_json
 from lora_kit.training.build import ADAPTER, Run
 from lora_kit.training.folder import RunFolder
+from lora_kit.training.objective import schedule_facts
 from lora_kit.training.optimizers import rate_of_text_encoder
 from lora_kit.training.precision import DTYPES
 
@@ -47,6 +48,8 @@ def training_facts(run: Run, step: int) -> TrainingFacts:
     return TrainingFacts(
         family=run.bundle.family.name,
         prediction_type=run.bundle.prediction_type,
+        objective=recipe.objective,
+        scheduler=schedule_facts(run.bundle),
         recipe=public_recipe(recipe, folder_names=recipe.save.captions),
         plan=json.dumps(plan_to_json(plan), sort_keys=True),
         base_hash=run.base_hash,

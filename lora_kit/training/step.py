@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from lora_kit.adapters import without_adapters
 from lora_kit.data import Batch
-from lora_kit.diffusion import draw_for_samples, seed_for
+from lora_kit.diffusion import seed_for
 from lora_kit.errors import TrainingError
 from lora_kit.models import ModelBundle
 from lora_kit.training.conditions import Conditions
 from lora_kit.training.objective import (
     Noised,
     Objective,
+    draw,
     latent_moments,
     noised_latents,
     sample_losses,
@@ -83,15 +84,7 @@ def _backward(learner: Learner, batch: Batch, step: int) -> Tensor:
     torch.manual_seed(seed_for(learner.seed, "dropout", step, int(batch.positions[0])))
     with torch.no_grad():
         moments = latent_moments(learner.bundle, batch)
-    shape = tuple(moments[0].shape[1:])
-    draws = draw_for_samples(
-        learner.seed,
-        step,
-        batch.positions.tolist(),
-        shape,
-        len(learner.objective.alpha_bars),
-        learner.objective.section.noise_offset,
-    )
+    draws = draw(learner.objective, learner.seed, step, batch, moments[0].shape[1:])
     with learner.accelerator.autocast():
         noised = noised_latents(learner.objective, learner.bundle, moments, draws)
         wanted = wanted_prediction(learner.bundle, noised)

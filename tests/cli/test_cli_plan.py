@@ -125,3 +125,9 @@ def test_data_of_the_hub_is_not_counted() -> None:
     recipe = _recipe(train={"max_steps": 7})
     length = steps(recipe, data_facts(recipe.data).samples)
     assert (length.samples_per_epoch, length.epochs) == (None, None)
+
+
+def test_an_objective_that_the_base_cannot_have_is_refused(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(str(recipe), "objective.zero_terminal_snr=true") == 2
+    assert "objective.zero_terminal_snr: `true` with a network that predicts the noise" in capsys.readouterr().err
+    assert _run(str(recipe), "objective.zero_terminal_snr=true", "model.prediction_type=sample") == 0

@@ -41,7 +41,7 @@ def test_an_unknown_schedule_is_named_with_the_known_ones():
         alphas_cumprod(STABLE_DIFFUSION | {"beta_schedule": "sigmoid"})
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_the_target_recovers_the_clean_latents_in_diffusers_sampler(prediction_type):
     scheduler = DDIMScheduler(**STABLE_DIFFUSION, clip_sample=False, prediction_type=prediction_type)
     scheduler.set_timesteps(1000)
@@ -64,7 +64,7 @@ def test_noised_latents_have_unit_variance_when_the_clean_ones_have():
 
 def test_an_unknown_prediction_type_is_refused():
     z = torch.zeros(1, 1, 1, 1)
-    with pytest.raises(ModelError, match="epsilon, v_prediction"):
+    with pytest.raises(ModelError, match="epsilon, v_prediction, sample"):
         target("score", z, z, torch.ones(1))
 
 

@@ -76,7 +76,7 @@ def _from_skeleton(section: ModelSection) -> Outline:
     bundle = skeleton(section)
     networks = {**bundle.components, "vae": bundle.vae}
     sizes = {name: sum(weight.numel() for weight in network.parameters()) for name, network in networks.items()}
-    return Outline(module_tree(bundle.components), sizes)
+    return Outline(module_tree(bundle.components), sizes, bundle.prediction_type, 1000)
 
 
 @pytest.fixture

@@ -142,7 +142,7 @@ UNET_FILE, TEXT_FILE = "unet/diffusion_pytorch_model.safetensors", "text_encoder
         (_edit("unet/config.json", cross_attention_dim=64), "attends to text states of width 64"),
         (_edit("unet/config.json", block_out_channels=[64, 64]), "unet"),
         (_edit("text_encoder/config.json", intermediate_size=128), "text_encoder"),
-        (_edit("scheduler/scheduler_config.json", prediction_type="sample"), "predicts 'sample'"),
+        (_edit("scheduler/scheduler_config.json", prediction_type="score"), "predicts 'score'"),
         (_edit("model_index.json", text_encoder_2=["transformers", "CLIPTextModel"]), "two text encoders"),
         (
             _edit("model_index.json", unet=["diffusers", "FluxTransformer2DModel"]),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import PurePath
 
-from lora_kit.recipe import Recipe, SourceSection, dump_recipe
+from lora_kit.adapters.formats.objective_header import modelspec_prediction, objective_metadata
+from lora_kit.recipe import ObjectiveSection, Recipe, SourceSection, dump_recipe
 
 LEFT_OUT = "(left out)"
 
@@ -38,7 +39,7 @@ class TrainingFacts:
     family: str
     """`sd1` or `sd2`; another name is written as it is."""
     prediction_type: str
-    """`epsilon` or `v_prediction`."""
+    """`epsilon`, `v_prediction` or `sample`."""
     recipe: str
     """The resolved recipe, YAML, as `public_recipe` makes it."""
     plan: str
@@ -62,6 +63,9 @@ class TrainingFacts:
     max_steps: int
     seed: int
     trigger: str = ""
+    objective: ObjectiveSection = field(default_factory=ObjectiveSection)
+    scheduler: Mapping[str, object] = field(default_factory=dict[str, object])
+    """What a sampler's config must have for the adapter: prediction_type, and more where the schedule was changed."""
     captions: CaptionFacts | None = None
     """None: nothing of the captions or folder names is written."""
     date: str | None = None
@@ -73,7 +77,8 @@ def training_metadata(facts: TrainingFacts) -> dict[str, str]:
 
     Keys as in sd-scripts' train_network.py and the ModelSpec 1.0.1; ours start with `lora_kit.`.
     """
-    return dict(sorted((_ss(facts) | _modelspec(facts) | _own(facts)).items()))
+    told = objective_metadata(facts.objective, facts.scheduler)
+    return dict(sorted((_ss(facts) | _modelspec(facts) | _own(facts) | told).items()))
 
 
 def _ss(facts: TrainingFacts) -> dict[str, str]:
@@ -114,7 +119,7 @@ def _modelspec(facts: TrainingFacts) -> dict[str, str]:
         "modelspec.implementation": "diffusers",
         "modelspec.title": facts.output_name,
         "modelspec.resolution": f"{facts.resolution}x{facts.resolution}",
-        "modelspec.prediction_type": "v" if facts.prediction_type == "v_prediction" else "epsilon",
+        "modelspec.prediction_type": modelspec_prediction(facts.prediction_type),
     }
     if facts.trigger:
         values["modelspec.trigger_phrase"] = facts.trigger
