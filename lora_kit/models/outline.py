@@ -71,7 +71,7 @@ def _configs(section: ModelSection) -> _Configs:
 
 def _schedule(section: ModelSection) -> dict[str, Any]:
     """The outline's facts of a folder's scheduler; nothing where there is none, which loading will tell."""
-    path = _TINY_FOLDER if section.base == "tiny" else Path(section.base).expanduser()
+    path = TINY_FOLDER if section.base == "tiny" else Path(section.base).expanduser()
     config = path / "scheduler" / "scheduler_config.json"
     if not config.is_file():
         return {}
