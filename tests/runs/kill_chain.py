@@ -1,8 +1,8 @@
 """Kill a run by SIGKILL at many points, resuming it each time, and compare it with one that was never stopped.
 
-`python tests/runs/kill_chain.py RECIPE POINTS SEED` prints a line for each kill and one of JSON at the end. Every run is
-a process of its own, forked from this one, which has imported everything and never computed anything: a start takes a
-second, not five, and is the same from there on.
+`python tests/runs/kill_chain.py RECIPE POINTS SEED` prints a line for each kill and one of JSON at the end. Every run
+is a process of its own, forked from this one, which has imported everything and never computed anything: a start takes
+a second, not five, and is the same from there on.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ def start(recipe: str) -> int:
         torch.set_num_threads(1)
         train(load_recipe(recipe, ["train.resume=latest"]))
         status = 0
-    except BaseException:
-        traceback.print_exc()
     finally:
+        if status:
+            traceback.print_exc()
         sys.stderr.flush()
         os._exit(status)
 
