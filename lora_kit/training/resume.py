@@ -101,7 +101,8 @@ def changed_rates(before: Progress, now: Progress, recipe: Recipe) -> list[str]:
     said = [f"train.max_steps: {old_steps} → {steps}."] if steps != old_steps else []
     if ramp.steps and ramp != old_ramp:
         said.append(f"schedule.rewarm_steps: the rate rises again over steps {step + 1} to {step + ramp.steps}.")
-    same = all(by_old(at) == by_new(at) for at in range(step, min(old_steps, steps)))
+    planned = range(min(step, old_steps - 1), min(old_steps, steps))  # what the old curve still had, its end at least
+    same = all(by_old(at) == by_new(at) for at in planned)
     if steps > step and not same:
         was = f"{by_old(step):.3g}" if step < old_steps else "none, its last step is done"
         said.append(

@@ -156,7 +156,7 @@ def _tell_skipped(run: Run, folder: RunFolder, metrics: Metrics, progress: Progr
     """Log a step that was left out. Raises TrainingError if the recipe does not go on over it."""
     section, row = run.recipe.train, progress.skipped_in_row + 1
     if section.non_finite == "stop" or row > section.max_non_finite:
-        many = f" It is the {row}th such step in a row, more than train.max_non_finite." if row > 1 else ""
+        many = f" Such steps in a row: {row}, and train.max_non_finite is {section.max_non_finite}." if row > 1 else ""
         raise TrainingError(
             f"{done.problem}{many} {_last_whole(folder)}Try a lower optimizer.lr. Nothing was overwritten."
         )

@@ -161,7 +161,7 @@ def test_a_run_without_any_whole_checkpoint_does_not_begin_anew_by_itself(make_r
 def test_the_checkpoint_of_the_lowest_held_out_loss_is_kept_as_best(make_recipe, tmp_path, other_pictures):
     # A rate that ruins what was learned: the losses rise after the first steps.
     held_out = f"validation.held_out={{path: {other_pictures}}}"
-    rise = ["optimizer.lr=0.003", "schedule={name: piecewise_constant, step_rules: '1:3,200'}"]
+    rise = ["optimizer.lr=0.003", "schedule={name: piecewise_constant, step_rules: '1:3,1000'}"]
     train(make_recipe(*rise, held_out, "validation.every=1", "train.max_steps=7", "save.every=0", "save.keep=1"))
     run = tmp_path / "run"
     measured = {line["step"]: line["held_out_loss"] for line in lines(run, "held_out_loss") if line["step"] > 0}
@@ -198,9 +198,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_told_where_asked(make_recipe, 
 def test_too_many_in_a_row_stop_the_run_also_over_a_resume(make_recipe, tmp_path, monkeypatch):
     limits = ("train.non_finite=skip", "train.max_non_finite=2", "save.every=1")
     spoil(monkeypatch, 1, 2, 3)
-    with pytest.raises(TrainingError, match=r"step 4 is nan.*3rd such step in a row.*step-000003"):
+    with pytest.raises(TrainingError, match=r"step 4 is nan.*in a row: 3, .*max_non_finite is 2.*step-000003"):
         train(make_recipe(*limits))
-    with pytest.raises(TrainingError, match="3rd such step in a row"):
+    with pytest.raises(TrainingError, match="in a row: 3"):
         train(make_recipe(*limits, "train.resume=latest"))
 
 
