@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from lora_kit.recipe import Recipe
+from lora_kit.recipe.optimizer import OPTIMIZERS
 from lora_kit.targeting import Target, TargetPlan
 
 FP32 = 4
@@ -21,7 +22,8 @@ class Memory(NamedTuple):
     """Trainable, fp32."""
     gradients: int
     moments: int
-    """The optimizer's two moments of each weight."""
+    """What the optimizer keeps of each weight: its moments, and Prodigy's or the schedule-free ones' copies. Of a
+    `package.Class` as much as of AdamW, for want of knowing."""
     average: int
     """The moving average of `train.ema_decay`."""
     frozen: int
@@ -88,6 +90,10 @@ def _tensors(target: Target) -> Iterator[int]:
 
 
 def _moments(optimizer: str, elements: int) -> int:
-    if optimizer == "adamw8bit" and elements >= _SMALLEST_8BIT:
-        return 2 * (elements + math.ceil(elements / _BLOCK) * FP32)
-    return 2 * elements * FP32
+    known = OPTIMIZERS.get(optimizer, OPTIMIZERS["adamw"])
+    if not optimizer.endswith("8bit"):
+        return int(known.state_bytes * elements)
+    moments = int(known.state_bytes)  # a byte of each
+    if elements >= _SMALLEST_8BIT:
+        return moments * (elements + math.ceil(elements / _BLOCK) * FP32)
+    return moments * elements * FP32

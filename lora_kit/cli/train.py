@@ -19,6 +19,5 @@ def command(
 
     outcome = train(loaded)
     if outcome.is_main:
-        typer.echo(f"wrote {outcome.path}", err=True)
         for line in outcome.lines():
             typer.echo(line, err=True)

@@ -8,7 +8,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
-_HELD_BACK = (signal.SIGINT, signal.SIGTERM)
+_HELD_BACK = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)}
 
 
 def worker_options(workers: int) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def leave_signals_to_parent(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
         # What reached the group before this process had left it is thrown away; PyTorch's own handler stays.
-        while waiting := set(_HELD_BACK) & signal.sigpending():
+        while waiting := _HELD_BACK & signal.sigpending():
             signal.sigwait(waiting)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD_BACK)
 

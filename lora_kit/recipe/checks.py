@@ -9,9 +9,12 @@ from lora_kit.recipe.base import Problem
 from lora_kit.recipe.buckets import side_problem
 from lora_kit.recipe.objective import prediction_problems
 from lora_kit.recipe.rules import PresetRules, TargetRule
+from lora_kit.recipe.schedule import schedule_problems
 
 if TYPE_CHECKING:
     from lora_kit.recipe.sections import Recipe
+
+_WITH_UP_AND_DOWN = ("lora", "dora", "rslora")
 
 
 def recipe_problems(recipe: Recipe) -> Iterator[Problem]:
@@ -19,7 +22,9 @@ def recipe_problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _one_method(recipe)
     yield from _text_encoder_rate(recipe)
     yield from _steps(recipe)
-    yield from _schedule(recipe)
+    yield from schedule_problems(recipe.schedule, recipe.optimizer, recipe.train.max_steps)
+    yield from _averages(recipe)
+    yield from _lora_plus(recipe)
     yield from _validation(recipe)
     yield from _targets_of_sources(recipe)
     yield from _prediction(recipe)
@@ -88,17 +93,19 @@ def _steps(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(("train", "overwrite"), said)
 
 
-def _schedule(recipe: Recipe) -> Iterator[Problem]:
-    schedule, steps = recipe.schedule, recipe.train.max_steps
-    if schedule.warmup_steps > steps:
-        said = f"got {schedule.warmup_steps}, but the run ends after `train.max_steps` = {steps}, before the warm-up."
-        yield Problem(("schedule", "warmup_steps"), f"{said} Make this at most {steps}.")
-    elif schedule.warmup_steps + schedule.decay_steps > steps:
-        said = f"got {schedule.decay_steps}, but {steps - schedule.warmup_steps} steps are left after the warm-up"
-        yield Problem(("schedule", "decay_steps"), f"{said} (`train.max_steps` = {steps}). Make this at most that.")
-    if schedule.decay_steps and schedule.name != "constant":
-        said = f"does nothing with `name: {schedule.name}`, which falls to zero by itself; remove it."
-        yield Problem(("schedule", "decay_steps"), said)
+def _averages(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.train.ema_decay is not None and recipe.optimizer.is_schedule_free:
+        said = f"`{recipe.optimizer.name}` averages the weights itself; remove one of the two."
+        yield Problem(("train", "ema_decay"), said)
+    if recipe.train.ema_warmup is not None and recipe.train.ema_decay is None:
+        yield Problem(("train", "ema_warmup"), "does nothing without `train.ema_decay`; set that, or remove this.")
+
+
+def _lora_plus(recipe: Recipe) -> Iterator[Problem]:
+    methods = {rule.method for _, rule in _placed_rules(recipe) if _trains(rule)}
+    if recipe.optimizer.lr_ratio is not None and not methods & set(_WITH_UP_AND_DOWN):
+        said = f"LoRA+ sets apart up and down matrices, and `method: {', '.join(sorted(methods))}` has none; remove it."
+        yield Problem(("optimizer", "lr_ratio"), said)
 
 
 def _prediction(recipe: Recipe) -> Iterator[Problem]:

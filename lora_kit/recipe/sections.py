@@ -10,7 +10,6 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from lora_kit.recipe.base import (
-    Decay,
     Fraction,
     Method,
     NonNegative,
@@ -26,7 +25,10 @@ from lora_kit.recipe.cache import CacheSection
 from lora_kit.recipe.captions import CaptionRules, CaptionSection
 from lora_kit.recipe.checks import recipe_problems
 from lora_kit.recipe.objective import ObjectiveSection
+from lora_kit.recipe.optimizer import OptimizerSection
 from lora_kit.recipe.rules import PresetName, PresetRules, TargetItem, TargetRule, Targets
+from lora_kit.recipe.save import SaveSection
+from lora_kit.recipe.schedule import ScheduleSection
 from lora_kit.recipe.sources import Alpha, SourceSection, weight_problems
 from lora_kit.recipe.timesteps import TimestepSection
 
@@ -112,37 +114,6 @@ class DataSection(CacheSection):
         return self
 
 
-class OptimizerSection(Section):
-    """How weights are updated."""
-
-    name: Literal["adamw", "adamw8bit"] = "adamw"
-    """`adamw8bit` is bitsandbytes': a quarter of the optimizer's memory."""
-    lr: Annotated[float, Field(gt=0)] = 1e-4
-    """Learning rate of the UNet's modules."""
-    text_encoder_lr: Annotated[float, Field(gt=0)] | None = None
-    """Learning rate of the text encoder's modules. Default: half of `lr`."""
-    betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.999)
-    """Decay of AdamW's first and second moments."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """Decoupled weight decay."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    """AdamW's denominator floor."""
-    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
-    """Gradients are scaled down to this global 2-norm. 0 does not clip."""
-
-
-class ScheduleSection(Section):
-    """Learning rate over time."""
-
-    name: Literal["constant", "cosine"] = "constant"
-    """After the warm-up: stay, or fall to zero along half a cosine by `train.max_steps`."""
-    warmup_steps: NonNegative = 0
-    """Optimizer steps over which the rate rises linearly from zero."""
-    decay_steps: NonNegative = 0
-    """Last optimizer steps of a `constant` schedule, over which the rate falls linearly to zero (Hu et al. 2024,
-    "warmup-stable-decay": the end of the run can be moved without changing what came before)."""
-
-
 class TrainSection(Section):
     """Length and mechanics of the run."""
 
@@ -157,7 +128,16 @@ class TrainSection(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: a third slower, far less memory."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Keep an exponential moving average of the trained weights and save that. 0.999 for long full runs."""
+    """Keep an exponential moving average of the trained weights: a result of its own beside the weights as trained
+    (adapter.ema.safetensors, model_ema), and what validation measures and draws. 0.999 for long full runs."""
+    ema_warmup: Annotated[float, Field(gt=0, le=1)] | None = None
+    """The average's decay rises as 1 - (1 + updates)^-this up to `ema_decay`: 2/3 for runs of a million steps, 3/4 for
+    shorter ones. Default: it rises as (1 + updates) / (10 + updates)."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """When a step's loss or gradient is not finite: stop, or leave the weights as they are and go on. Either is told,
+    with the pictures of the step."""
+    max_non_finite: Positive = 3
+    """With `non_finite: skip`: stop after more than this many such steps in a row."""
     log_every: Positive = 10
     """Optimizer steps between lines of metrics.jsonl."""
     resume: PathText | None = None
@@ -165,21 +145,6 @@ class TrainSection(Section):
     checkpoint's folder."""
     overwrite: bool = False
     """Remove what an earlier run left in `output_dir` and begin anew. Without it such a folder is refused."""
-
-
-class SaveSection(Section):
-    """What is written, and when."""
-
-    every: NonNegative = 500
-    """Optimizer steps between checkpoints. 0: only at the end and on a signal."""
-    keep: Positive = 2
-    """Checkpoints kept; older ones of this run are removed."""
-    format: Literal["kohya"] = "kohya"
-    """Layout of adapter.safetensors."""
-    dtype: Precision = "fp32"
-    """Precision of adapter.safetensors. fp16 halves the file."""
-    captions: bool = True
-    """Put caption statistics (`ss_tag_frequency`) and folder names into the header."""
 
 
 class ValidationSection(Section):

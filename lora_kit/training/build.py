@@ -20,7 +20,7 @@ from lora_kit.training.conditions import Conditions
 from lora_kit.training.ema import WeightAverage
 from lora_kit.training.held_out import HeldOut
 from lora_kit.training.objective import adopt_schedule, build_objective, objective_notices
-from lora_kit.training.optimizers import build_optimizer, parameter_groups
+from lora_kit.training.optimizers import build_optimizer, parameter_groups, up_matrices
 from lora_kit.training.precision import base_dtype
 from lora_kit.training.prepared import PreparedData, place_networks, prepare_data
 from lora_kit.training.step import Learner
@@ -99,18 +99,19 @@ def build_run(recipe: Recipe, accelerator: Accelerator) -> Run:
     place_networks(bundle, data, trains_text, accelerator.device)
     make_trainable(recipe, bundle, plan)
     trainable = named_trainables(bundle.components)
-    groups = parameter_groups(plan, trainable_parameters(bundle.components, plan), recipe.optimizer)
+    by_module = trainable_parameters(bundle.components, plan)
+    groups = parameter_groups(plan, by_module, recipe.optimizer, up_matrices(trainable))
     learner = Learner(
         accelerator=accelerator,
         bundle=bundle,
         objective=build_objective(recipe.objective, bundle),
         conditions=Conditions(bundle, trains_text, recipe.data.captions.long, data.texts),
-        optimizer=accelerator.prepare(build_optimizer(groups, recipe.optimizer)),
+        optimizer=accelerator.prepare(build_optimizer(groups, recipe)),
         parameters=list(trainable.values()),
         max_grad_norm=recipe.optimizer.max_grad_norm,
         seed=recipe.seed,
     )
-    average = WeightAverage(trainable, recipe.train.ema_decay)
+    average = WeightAverage(trainable, recipe.train, learner.optimizer.optimizer)
     return Run(recipe, accelerator, bundle, plan, data, trainable, average, learner, hashed)
 
 

@@ -1,16 +1,15 @@
 """Checkpoints: a folder that is whole or not there, and everything a resume needs in it.
 
-`trainable.safetensors` and `optimizer.safetensors` hold tensors, `state.json` the rest. Nothing random is
-saved: noise, timesteps, dropout and order derive from (seed, step, sample).
+`trainable.safetensors`, `ema.safetensors` and `optimizer.safetensors` hold tensors, `state.json` the rest, and
+`manifest.json` every file's size and sha256. Nothing random is saved: noise, timesteps, dropout and order derive from
+(seed, step, sample), so that the number of steps done is the position in the data, too.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import re
-import shutil
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,22 +19,55 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_kit.errors import TrainingError
-from lora_kit.files import sync_folder, sync_tree
+from lora_kit.training.checkpoint_folder import damage, put_in_place, temporary_folder, write_manifest
+from lora_kit.training.ema import WeightAverage
+from lora_kit.training.optimizer_state import flatten_optimizer, restore_optimizer
 
-STEP_FOLDER = re.compile(r"step-(\d{6,})")
 
-
-class Progress(NamedTuple):
-    """Where a run stands."""
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands, but for its tensors."""
 
     step: int
-    """Optimizer steps done."""
+    """Optimizer steps done; all of them are whole, a step that was cut off is done again."""
     plan: dict[str, Any]
     """The plan as JSON: a checkpoint fits only the plan it was made with."""
     base_losses: list[float]
     """Held-out losses of the untrained base."""
     data: str = ""
     """The training set's fingerprint."""
+    base_hash: str = ""
+    """Of the base that adapters were trained on."""
+    recipe: dict[str, Any] = field(default_factory=dict[str, Any])
+    """The recipe as JSON, for telling what changed."""
+    history: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
+    """Validations done: {"step": …, and its figures if there is a held-out set}."""
+    skipped_in_row: int = 0
+    """Steps just before this that were left out as not finite (`train.non_finite: skip`)."""
+    rewarm: tuple[int, int] = (0, 0)
+    """The step at which `schedule.rewarm_steps` began, and how many."""
+
+    @property
+    def best(self) -> dict[str, float] | None:
+        """The validation with the lowest held-out loss, the first of equals."""
+        measured = [entry for entry in self.history if "held_out_loss" in entry]
+        return min(measured, key=lambda entry: entry["held_out_loss"], default=None)
+
+    @property
+    def validated(self) -> bool:
+        """Whether the validation of this very step is done."""
+        return any(entry["step"] == self.step for entry in self.history)
+
+
+class State(NamedTuple):
+    """All of a run that changes in a step and holds tensors."""
+
+    trainable: Mapping[str, Tensor]
+    """fp32, by dotted name."""
+    average: WeightAverage
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler | None = None
+    """fp16's."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -43,66 +75,61 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def find_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints below `folder`, oldest first."""
-    found = [(int(m[1]), p) for p in folder.glob("step-*") if (m := STEP_FOLDER.fullmatch(p.name))]
-    return [path for _, path in sorted(found) if (path / "state.json").is_file()]
-
-
-def save_checkpoint(
-    folder: Path, progress: Progress, tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
-) -> Path:
-    """Write `folder`/step-… under a temporary name, fsync every file, rename."""
+def save_checkpoint(folder: Path, progress: Progress, state: State) -> Path:
+    """Write `folder`/step-… under a temporary name, fsync every file, rename. If it fails, nothing is left of it."""
+    optimizer_tensors, optimizer_document = flatten_optimizer(state.optimizer)
+    document = asdict(progress) | {
+        "optimizer": optimizer_document,
+        "ema_updates": state.average.updates,
+        "scaler": state.scaler.state_dict() if state.scaler is not None else None,
+    }
     path = folder / checkpoint_name(progress.step)
-    temporary = folder / f".{path.name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    optimizer_tensors, optimizer_rest = _flatten_optimizer(optimizer)
-    save_file({n: t.detach().contiguous().cpu() for n, t in tensors.items()}, temporary / "trainable.safetensors")
-    save_file(optimizer_tensors, temporary / "optimizer.safetensors")
-    (temporary / "state.json").write_text(json.dumps({**progress._asdict(), "optimizer": optimizer_rest}))
-    sync_tree(temporary)
-    if path.exists():  # the same step again, after a resume: the same bits
-        shutil.rmtree(path)
-    temporary.rename(path)
-    sync_folder(folder)
+    with temporary_folder(path) as temporary:
+        _save_tensors(state.trainable, temporary / "trainable.safetensors")
+        _save_tensors(optimizer_tensors, temporary / "optimizer.safetensors")
+        if state.average.is_moving:
+            _save_tensors(state.average.tensors(), temporary / "ema.safetensors")
+        (temporary / "state.json").write_text(json.dumps(document), encoding="utf-8")
+        write_manifest(temporary)
+        put_in_place(temporary, path)
     return path
 
 
-def load_checkpoint(
-    path: Path, plan: dict[str, Any], tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
-) -> Progress:
-    """Copy a checkpoint into the trainable `tensors` and the optimizer, bit for bit.
+def load_checkpoint(path: Path, plan: dict[str, Any], base_hash: str, state: State) -> Progress:
+    """Copy a checkpoint into `state`, bit for bit.
 
-    Raises TrainingError if it is damaged or was made with another plan.
+    Raises TrainingError if it is damaged, or was made with another plan, base or optimizer.
     """
+    reason = damage(path)
+    if reason:
+        raise damaged(path, reason)
     try:
-        state = json.loads((path / "state.json").read_text())
+        document = json.loads((path / "state.json").read_text(encoding="utf-8"))
         saved = load_file(path / "trainable.safetensors")
         moments = load_file(path / "optimizer.safetensors")
+        averages = load_file(path / "ema.safetensors") if (path / "ema.safetensors").exists() else {}
     except (OSError, ValueError, SafetensorError) as error:
-        raise TrainingError(
-            f"{path} is not a whole checkpoint: {error}. Resume from an older one with train.resume=FOLDER, or "
-            "remove it."
-        ) from error
-    if state["plan"] != plan:
-        raise TrainingError(
-            f"{path} was made with other targets than this recipe's. Put `targets` back, or begin a new run with "
-            "another output_dir."
-        )
-    if saved.keys() != tensors.keys():
-        raise TrainingError(f"{path} holds other tensors than this run trains (was train.ema_decay changed?).")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            tensor.copy_(saved[name])
-    _restore_optimizer(optimizer, moments, state["optimizer"])
-    return Progress(state["step"], state["plan"], state["base_losses"], state["data"])
+        raise damaged(path, str(error)) from error
+    _check_fits(path, document, plan, base_hash)
+    if averages.keys() != state.average.tensors().keys():
+        raise TrainingError(f"{path}: train.ema_decay was set or removed since. Put it back, or begin a new run.")
+    _copy(saved, state.trainable)
+    _copy(averages, state.average.tensors())
+    state.average.updates = document["ema_updates"]
+    restore_optimizer(state.optimizer, moments, document["optimizer"])
+    if state.scaler is not None and document["scaler"]:
+        state.scaler.load_state_dict(document["scaler"])
+    known: dict[str, Any] = {entry.name: document[entry.name] for entry in fields(Progress)}
+    known["rewarm"] = tuple(known["rewarm"])
+    return Progress(**known)
 
 
-def remove_old_checkpoints(folder: Path, keep: int) -> None:
-    """Leave the newest `keep` checkpoints of this run."""
-    for path in find_checkpoints(folder)[:-keep]:
-        shutil.rmtree(path)
+def damaged(path: Path, reason: str) -> TrainingError:
+    """A checkpoint that was named, and is not whole."""
+    return TrainingError(
+        f"{path} is not a whole checkpoint: {reason}. Resume from the newest whole one with train.resume=latest, or "
+        "name another."
+    )
 
 
 def named_trainables(components: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
@@ -115,43 +142,24 @@ def named_trainables(components: Mapping[str, nn.Module]) -> dict[str, nn.Parame
     }
 
 
-def _flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """Per-parameter state as tensors named `<parameter index>.<key>`, and the plain numbers beside them.
-
-    bitsandbytes nests its quantised moments one level deeper: `<parameter index>.<key>.<inner key>`.
-    """
-    tensors: dict[str, Tensor] = {}
-    rest: dict[str, dict[str, Any]] = {}
-    for index, state in optimizer.state_dict()["state"].items():
-        for key, value in state.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}.{key}"] = _stored(value)
-            elif isinstance(value, dict):
-                tensors |= {f"{index}.{key}.{inner}": _stored(tensor) for inner, tensor in value.items()}
-            else:
-                rest.setdefault(str(index), {})[key] = value
-    return tensors, rest
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
 
 
-def _stored(tensor: Tensor) -> Tensor:
-    """A copy as safetensors takes it: on the CPU, contiguous, sharing memory with none."""
-    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+def _check_fits(path: Path, document: dict[str, Any], plan: dict[str, Any], base_hash: str) -> None:
+    if document["plan"] != plan:
+        raise TrainingError(
+            f"{path} was made with other targets than this recipe's. Put `targets` back, or begin a new run with "
+            "another output_dir."
+        )
+    if document["base_hash"] != base_hash:
+        raise TrainingError(
+            f"{path} was trained on another base than this recipe's. Put `model` back, or begin a new run with "
+            "another output_dir."
+        )
 
 
-def _restore_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], rest: Mapping[str, dict[str, Any]]
-) -> None:
-    """Inverse of _flatten_optimizer. Groups (rates, betas) stay the recipe's."""
-    state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in rest.items()}
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for name, tensor in tensors.items():
-        index, key, *inner = name.split(".")
-        values = state.setdefault(int(index), {})
-        if inner:
-            values.setdefault(key, {})[inner[0]] = tensor
-            continue
-        like = parameters[int(index)]
-        # Moments lie in memory as their weight does (channels-last): the fused update walks both side by side.
-        same_shape = tensor.shape == like.shape and tensor.dtype == like.dtype
-        values[key] = torch.empty_like(like, requires_grad=False).copy_(tensor) if same_shape else tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+def _copy(saved: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(saved[name])

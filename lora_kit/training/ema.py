@@ -1,25 +1,50 @@
-"""Exponential moving average of the trained weights, by diffusers' EMAModel."""
+"""The weights that stand for a run in validation and results: as trained, or averaged."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
+from lora_kit.recipe import TrainSection
+
 
 class WeightAverage:
-    """Off when `decay` is None: every method then does nothing.
+    """An exponential moving average by diffusers' EMAModel, or a schedule-free optimizer's own average; or neither,
+    and every method then does nothing.
 
-    The decay in force at step n is min(decay, (1 + n) / (10 + n)), so that a short run is not averaged with
-    its random beginning.
+    The moving average's decay rises with the updates up to `ema_decay` (see `train.ema_warmup`), so that a short run
+    is not averaged with its random beginning.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float | None) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], section: TrainSection, optimizer: Any = None) -> None:
+        """optimizer: asked for its own average if it has the modes `train()` and `eval()`, as schedulefree's have."""
         self._names = list(parameters)
         self._parameters = list(parameters.values())
-        self._model = EMAModel(self._parameters, decay=decay) if decay is not None else None
+        self._section = section
+        self._model = _ema_model(self._parameters, section) if section.ema_decay is not None else None
+        modes = callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
+        self._optimizer = optimizer if modes else None
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether there is a moving average, beside the weights as trained."""
+        return self._model is not None
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps averaged over."""
+        return self._model.optimization_step if self._model is not None else 0
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        """When the tensors were restored in place."""
+        if self._model is not None:
+            self._model.optimization_step = count
 
     def update(self) -> None:
         """After an optimizer step."""
@@ -27,25 +52,51 @@ class WeightAverage:
             self._model.step(self._parameters)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The averages as `ema.<name>`, for a checkpoint."""
+        """The moving averages by their parameters' names, for a checkpoint."""
         if self._model is None:
             return {}
-        return {f"ema.{n}": t for n, t in zip(self._names, self._model.shadow_params, strict=True)}
+        return dict(zip(self._names, self._model.shadow_params, strict=True))
 
-    def resume_at(self, step: int) -> None:
-        """Set the count of updates; the tensors were loaded in place."""
-        if self._model is not None:
-            self._model.optimization_step = step
+    def describe(self, moving: bool = True) -> str:
+        """What `applied` (or `final`) puts in the model, for headers and logs."""
+        if self._model is not None and moving:
+            return f"exponential moving average, decay {self._section.ema_decay:g}"
+        return "average of the schedule-free optimizer" if self._optimizer is not None else "as trained"
 
     @contextmanager
     def applied(self) -> Generator[None]:
-        """The averages stand in the model while inside."""
-        if self._model is None:
+        """The averages stand in the model while inside. Leaving gives the trained weights back bit for bit."""
+        if self._model is None and self._optimizer is None:
             yield
             return
-        self._model.store(self._parameters)
-        self._model.copy_to(self._parameters)
+        # A copy, not the optimizer's own way back: that would round, and a validation would change the run.
+        trained = [parameter.detach().to("cpu", copy=True) for parameter in self._parameters]
+        if self._model is not None:
+            self._model.copy_to(self._parameters)
+        if self._optimizer is not None:
+            self._optimizer.eval()
         try:
             yield
         finally:
-            self._model.restore(self._parameters)
+            if self._optimizer is not None:
+                self._optimizer.train()
+            with torch.no_grad():
+                for parameter, own in zip(self._parameters, trained, strict=True):
+                    parameter.copy_(own)
+
+    @contextmanager
+    def final(self, moving: bool) -> Generator[None]:
+        """The weights of one result: the moving average, or else what the optimizer leaves (its average, if it has
+        one)."""
+        if self.is_moving and not moving:
+            yield
+            return
+        with self.applied():
+            yield
+
+
+def _ema_model(parameters: list[nn.Parameter], section: TrainSection) -> EMAModel:
+    assert section.ema_decay is not None
+    if section.ema_warmup is None:
+        return EMAModel(parameters, decay=section.ema_decay)
+    return EMAModel(parameters, decay=section.ema_decay, use_ema_warmup=True, power=section.ema_warmup)

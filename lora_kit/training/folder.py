@@ -6,11 +6,22 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_kit.errors import RecipeError
+from lora_kit.errors import RecipeError, TrainingError
 from lora_kit.recipe import Recipe
-from lora_kit.training.checkpoints import find_checkpoints
+from lora_kit.training.checkpoint_folder import damage, find_checkpoints, newest_whole, set_damaged_aside, tidy
+from lora_kit.training.checkpoints import damaged
 
-OURS = ("adapter.safetensors", "model", "recipe.yaml", "plan.json", "metrics.jsonl", "result.json", "skipped.txt")
+OURS = (
+    "adapter.safetensors",
+    "adapter.ema.safetensors",
+    "model",
+    "model_ema",
+    "recipe.yaml",
+    "plan.json",
+    "metrics.jsonl",
+    "result.json",
+    "skipped.txt",
+)
 OUR_FOLDERS = ("checkpoints", "samples", "logs")
 
 
@@ -25,9 +36,19 @@ class RunFolder(NamedTuple):
         return self.root / "adapter.safetensors"
 
     @property
+    def adapter_average(self) -> Path:
+        """Its moving average, where the recipe keeps one."""
+        return self.root / "adapter.ema.safetensors"
+
+    @property
     def model(self) -> Path:
         """The result of a full fine-tune: a diffusers folder."""
         return self.root / "model"
+
+    @property
+    def model_average(self) -> Path:
+        """Its moving average, where the recipe keeps one."""
+        return self.root / "model_ema"
 
     @property
     def skipped(self) -> Path:
@@ -45,10 +66,12 @@ class RunFolder(NamedTuple):
         return self.root / "samples"
 
 
-def prepare_folder(recipe: Recipe) -> RunFolder:
-    """Make the run's folder ready to be written to. The main process does this, alone.
+def prepare_folder(recipe: Recipe) -> list[str]:
+    """Make the run's folder ready to be written to; what the user should know. The main process does this, alone.
 
-    Raises RecipeError if it already holds a run and the recipe neither resumes nor overwrites it.
+    What a killed process left half written is removed, and with `train.resume=latest` newest checkpoints that are not
+    whole are set aside. Raises RecipeError if the folder already holds a run and the recipe neither resumes nor
+    overwrites it, TrainingError if it holds checkpoints of which none is whole.
     """
     folder = RunFolder(Path(recipe.output_dir))
     held = [name for name in OURS + OUR_FOLDERS if _holds_something(folder.root / name)]
@@ -59,20 +82,33 @@ def prepare_folder(recipe: Recipe) -> RunFolder:
                 "train.resume=latest, replace it with train.overwrite=true, or name another output_dir."
             )
         _remove(folder, held)
-    return folder
+    tidy(folder.checkpoints)
+    notices = set_damaged_aside(folder.checkpoints) if recipe.train.resume == "latest" else []
+    if notices and not find_checkpoints(folder.checkpoints):
+        listed = "\n  ".join(notices)
+        raise TrainingError(
+            f"No checkpoint in {folder.checkpoints} is whole:\n  {listed}\nBegin anew with train.overwrite=true (it "
+            "removes what is there), or with another output_dir."
+        )
+    return notices
 
 
 def checkpoint_to_resume(recipe: Recipe) -> Path | None:
-    """The checkpoint's folder, or None to begin at step 0. Raises RecipeError if the named one is none."""
+    """The checkpoint's folder, or None to begin at step 0.
+
+    Raises RecipeError if the named one is none, TrainingError if it is damaged.
+    """
     folder = RunFolder(Path(recipe.output_dir))
     if recipe.train.resume is None:
         return None
     if recipe.train.resume == "latest":
-        return next(reversed(find_checkpoints(folder.checkpoints)), None)
-    path = Path(recipe.train.resume)
-    if not (path / "state.json").is_file():
+        return newest_whole(folder.checkpoints)
+    path = Path(recipe.train.resume).resolve()  # `checkpoints/best` is a link
+    if not path.is_dir():
         known = ", ".join(p.name for p in find_checkpoints(folder.checkpoints)) or "none"
         raise RecipeError(f"train.resume: {path} is not a checkpoint. Checkpoints of this run: {known}.")
+    if reason := damage(path):
+        raise damaged(path, reason)
     return path
 
 

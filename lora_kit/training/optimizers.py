@@ -1,35 +1,53 @@
-"""Optimizer and learning rate, each from its own section."""
+"""Optimizer and rates, each from its own section."""
 
 from __future__ import annotations
 
-import math
+import contextlib
+import importlib
+import inspect
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from lora_kit.recipe import OptimizerSection, ScheduleSection
+from lora_kit.errors import RecipeError, did_you_mean
+from lora_kit.recipe import OptimizerSection, Recipe
+from lora_kit.recipe.optimizer import OPTIMIZERS
 from lora_kit.targeting import TargetPlan
+from lora_kit.training.one_rate import OneRateEach
 
 TEXT_ENCODER_SHARE = 0.5  # of the UNet's rate, sd-scripts users' habit: the text encoder overfits first
+_FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
 
 
 def parameter_groups(
-    plan: TargetPlan, trainable: Mapping[str, Sequence[nn.Parameter]], section: OptimizerSection
+    plan: TargetPlan,
+    trainable: Mapping[str, Sequence[nn.Parameter]],
+    section: OptimizerSection,
+    ups: Sequence[Any] = (),
 ) -> list[dict[str, Any]]:
     """One optimizer group per learning rate; `trainable` maps a target module's name to its parameters.
 
-    Each group keeps its peak rate as `peak_lr`; `set_learning_rate` scales from there.
+    ups: the up matrices among them, which `lr_ratio` is for. Each group keeps its peak rate as `peak_lr`;
+    `set_learning_rate` scales from there.
     """
     text_encoder_lr = rate_of_text_encoder(section)
+    is_up = {id(parameter) for parameter in ups}
     groups: dict[float, dict[str, Any]] = {}
     for item in plan.targets:
-        component = item.module.name.split(".", 1)[0]
-        rate = (text_encoder_lr if component == "text_encoder" else section.lr) * item.lr_scale
-        group = groups.setdefault(rate, {"params": [], "lr": rate, "peak_lr": rate})
-        group["params"].extend(trainable[item.module.name])
+        rate = (text_encoder_lr if item.module.component == "text_encoder" else section.lr) * item.lr_scale
+        for parameter in trainable[item.module.name]:
+            own = rate * (section.lr_ratio or 1.0) if id(parameter) in is_up else rate
+            group = groups.setdefault(own, {"params": [], "lr": own, "peak_lr": own})
+            group["params"].append(parameter)
     return list(groups.values())
+
+
+def up_matrices(trainable: Mapping[str, nn.Parameter]) -> list[nn.Parameter]:
+    """LoRA's up factors (B in Hu et al. 2021) among the trainable parameters by dotted name."""
+    return [parameter for name, parameter in trainable.items() if ".lora_B." in name]
 
 
 def rate_of_text_encoder(section: OptimizerSection) -> float:
@@ -37,28 +55,107 @@ def rate_of_text_encoder(section: OptimizerSection) -> float:
     return section.text_encoder_lr or section.lr * TEXT_ENCODER_SHARE
 
 
-def build_optimizer(groups: list[dict[str, Any]], section: OptimizerSection) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019), torch's fused one or bitsandbytes' with 8-bit moments."""
-    options: dict[str, Any] = {"betas": section.betas, "weight_decay": section.weight_decay, "eps": section.eps}
-    if section.name == "adamw8bit":
-        from bitsandbytes.optim import AdamW8bit
+def check_optimizer(recipe: Recipe, device: torch.device) -> None:
+    """Make the optimizer over one weight, so that whatever is wrong with it is told before anything is loaded.
 
-        return AdamW8bit(groups, **options)
-    return torch.optim.AdamW(groups, fused=True, **options)
+    Raises RecipeError for a class or an argument that is not there, values that the class refuses, a package that is
+    not installed, and a paged optimizer without CUDA.
+    """
+    if recipe.optimizer.name.rpartition(".")[2].lower().startswith("paged") and device.type != "cuda":
+        plain = recipe.optimizer.name.removeprefix("paged_")
+        raise RecipeError(
+            f"optimizer.name: {recipe.optimizer.name} pages its state between GPU and CPU memory, which needs a CUDA "
+            f"GPU; this run is on `{device.type}`. Use {plain if plain in OPTIMIZERS else 'adamw8bit or adamw'}."
+        )
+    weight = nn.Parameter(torch.zeros(2, 2))
+    build_optimizer([{"params": [weight], "lr": recipe.optimizer.lr, "peak_lr": recipe.optimizer.lr}], recipe)
 
 
-def learning_rate_factor(section: ScheduleSection, step: int, max_steps: int) -> float:
-    """Share of the peak rate at optimizer step `step` (0-based) of `max_steps`: a pure function, so that a
-    resumed run needs no schedule state."""
-    if step < section.warmup_steps:
-        return (step + 1) / (section.warmup_steps + 1)
-    if section.name == "constant":
-        return min(1.0, (max_steps - step) / (section.decay_steps + 1))
-    progress = (step - section.warmup_steps) / max(1, max_steps - section.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+def build_optimizer(groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.Optimizer:
+    """The optimizer that the recipe names, in training mode where it has modes. Raises RecipeError as above."""
+    section = recipe.optimizer
+    kind = optimizer_class(section.name)
+    options = _options(kind, recipe)
+    _check_arguments(kind, section)
+
+    def make(part: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        with contextlib.redirect_stdout(io.StringIO()):  # Prodigy prints; standard output is for results
+            return kind(part, **options)
+
+    try:
+        # Prodigy takes one rate for all it holds.
+        optimizer = OneRateEach(groups, make) if section.is_prodigy and len(groups) > 1 else make(groups)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"optimizer: {section.name} refuses {_shown(options)}: {error}") from error
+    train_mode = getattr(optimizer, "train", None)
+    if callable(train_mode):
+        train_mode()
+    return optimizer
+
+
+def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    """The class that `optimizer.name` means. Raises RecipeError if it is not there or no torch optimizer."""
+    place = OPTIMIZERS[name].place if name in OPTIMIZERS else name
+    package, _, kind = place.rpartition(".")
+    try:
+        module = importlib.import_module(package)
+    except ImportError as error:
+        top = package.partition(".")[0]
+        command = f"pip install {top}" + (' (or "lora_kit[optimizers]")' if name in OPTIMIZERS else "")
+        raise RecipeError(f"optimizer.name: {name} needs the package `{top}`: {error}. Run: {command}") from error
+    found = getattr(module, kind, None)
+    if found is None:
+        names = [key for key, value in vars(module).items() if _is_optimizer(value)]
+        raise RecipeError(f"optimizer.name: `{package}` has no {kind}.{did_you_mean(kind, names)}")
+    if not _is_optimizer(found):
+        raise RecipeError(f"optimizer.name: {name} is no torch.optim.Optimizer, so it cannot be stepped or saved.")
+    closure = inspect.signature(found.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise RecipeError(
+            f"optimizer.name: {name} evaluates the loss several times a step (its step needs a closure), which a "
+            f"training run cannot give it. Use one of {', '.join(OPTIMIZERS)}."
+        )
+    return found
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Every group to `factor` × its peak rate."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
+
+
+def _is_optimizer(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
+
+
+def _options(kind: type[torch.optim.Optimizer], recipe: Recipe) -> dict[str, Any]:
+    """The class's arguments: what suits a rate set from outside, under what the recipe names."""
+    given = recipe.optimizer.given()
+    ours: dict[str, Any] = {}
+    if kind in _FUSED and not given.keys() & {"foreach", "differentiable"}:
+        ours = {"fused": True}
+    if recipe.optimizer.name in ("adafactor", OPTIMIZERS["adafactor"].place):
+        # Its own rate (relative_step) and a rate scaled by each weight's size would both undo the recipe's rates.
+        ours = {"relative_step": False, "scale_parameter": False, "warmup_init": False}
+    if recipe.optimizer.is_prodigy:
+        ours = {"safeguard_warmup": recipe.schedule.warmup_steps > 0}
+    return ours | given
+
+
+def _check_arguments(kind: type[torch.optim.Optimizer], section: OptimizerSection) -> None:
+    parameters = inspect.signature(kind).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    allowed = [name for name in parameters if name not in ("self", "params", "lr")]
+    fields = [key for key in ("betas", "weight_decay", "eps") if getattr(section, key) is not None]
+    unknown = [f"optimizer.{key}" for key in fields if key not in allowed]
+    unknown += [f"optimizer.args.{key}" for key in section.args if key not in allowed]
+    if unknown:
+        lines = [f"{path}: unknown.{did_you_mean(path.rpartition('.')[2], allowed)}" for path in unknown]
+        raise RecipeError(
+            "\n  ".join([f"optimizer: {section.name} has no such arguments:", *lines, f"allowed: {', '.join(allowed)}"])
+        )
+
+
+def _shown(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in options.items())

@@ -30,10 +30,20 @@ from lora_kit.training.precision import DTYPES
 SAVE_DTYPES = {**DTYPES, "fp32": DTYPES["no"]}
 
 
-def write_result(run: Run, folder: RunFolder, step: int) -> Path:
-    """Write the run's result and return its path. The averaged weights where the recipe keeps an average."""
-    with run.average.applied():
-        return _write_model(run, folder.model) if run.is_full else _write_adapter(run, folder.adapter, step)
+def write_result(run: Run, folder: RunFolder, step: int) -> list[Path]:
+    """Write the run's result, and beside it the moving average where the recipe keeps one; return their paths."""
+    moving = run.average.is_moving
+    if run.is_full:
+        places = [(folder.model, False), *([(folder.model_average, True)] if moving else [])]
+    else:
+        places = [(folder.adapter, False), *([(folder.adapter_average, True)] if moving else [])]
+    for path, average in places:
+        with run.average.final(moving=average):
+            if run.is_full:
+                _write_model(run, path)
+            else:
+                _write_adapter(run, path, step, run.average.describe(moving=average))
+    return [path for path, _ in places]
 
 
 def training_facts(run: Run, step: int) -> TrainingFacts:
@@ -70,10 +80,10 @@ def training_facts(run: Run, step: int) -> TrainingFacts:
     )
 
 
-def _write_adapter(run: Run, path: Path, step: int) -> Path:
+def _write_adapter(run: Run, path: Path, step: int, weights: str) -> None:
     updates = adapter_state(run.bundle.components, ADAPTER)
-    write_kohya(path, AdapterState(dict(updates), training_metadata(training_facts(run, step))), _dtype(run))
-    return path
+    metadata = training_metadata(training_facts(run, step)) | {"lora_kit.weights": weights}
+    write_kohya(path, AdapterState(dict(updates), dict(sorted(metadata.items()))), _dtype(run))
 
 
 def _caption_facts(run: Run) -> CaptionFacts:
@@ -96,7 +106,7 @@ def _dtype(run: Run) -> torch.dtype:
     return SAVE_DTYPES[run.recipe.save.dtype]
 
 
-def _write_model(run: Run, path: Path) -> Path:
+def _write_model(run: Run, path: Path) -> None:
     """The whole base with its trained networks, in `save.dtype`, as a diffusers folder."""
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -112,7 +122,6 @@ def _write_model(run: Run, path: Path) -> Path:
         shutil.rmtree(path)
     temporary.rename(path)
     sync_folder(path.parent)
-    return path
 
 
 def _name_no_half_precision(config: Path) -> None:

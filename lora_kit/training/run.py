@@ -4,53 +4,53 @@ from __future__ import annotations
 
 import json
 import signal
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from torch import Tensor
 
 from lora_kit.data import Batch, make_loader
 from lora_kit.errors import LoraKitError, TrainingError
 from lora_kit.files import write_text
 from lora_kit.recipe import Recipe, dump_recipe
-from lora_kit.targeting import plan_to_json
 from lora_kit.training.build import Run, build_run
-from lora_kit.training.checkpoints import (
-    Progress,
-    find_checkpoints,
-    load_checkpoint,
-    remove_old_checkpoints,
-    save_checkpoint,
-)
+from lora_kit.training.checkpoint_folder import mark_best, newest_whole, remove_old
+from lora_kit.training.checkpoints import Progress, checkpoint_name, save_checkpoint
+from lora_kit.training.disk import full_disk_told
 from lora_kit.training.folder import RunFolder, checkpoint_to_resume, prepare_folder
 from lora_kit.training.launch import build_accelerator
 from lora_kit.training.metrics import Metrics, NoMetrics
-from lora_kit.training.optimizers import learning_rate_factor, set_learning_rate
+from lora_kit.training.optimizers import check_optimizer, set_learning_rate
 from lora_kit.training.result import write_result
+from lora_kit.training.resume import begin, state_of
+from lora_kit.training.schedules import Rewarm, learning_rate_factor
 from lora_kit.training.signals import InterruptedRunError, StopSignals
 from lora_kit.training.step import StepMetrics, training_step
-from lora_kit.training.validation import finish, measure_base, validate
-
-DATA_CHANGED = (
-    "The pictures, captions or repeats are not those that the checkpoint was made with: the run goes on with what is "
-    "there now, and is no longer the run that was begun."
-)
+from lora_kit.training.validation import finish, validate
 
 
 class Outcome(NamedTuple):
     """What a finished run left."""
 
-    path: Path
-    """adapter.safetensors, or the model folder of a full fine-tune."""
+    paths: list[Path]
+    """adapter.safetensors, or the model folder of a full fine-tune; after it the moving average's, if there is one."""
     figures: dict[str, Any]
     """What result.json holds."""
     is_main: bool
     """Whether this process wrote it."""
 
+    @property
+    def path(self) -> Path:
+        """The weights as trained."""
+        return self.paths[0]
+
     def lines(self) -> list[str]:
         """The figures for a reader, a line each."""
         f = self.figures
-        lines: list[str] = []
+        lines = [f"wrote {path}" for path in self.paths]
+        if len(self.paths) > 1:
+            lines[0] += ": the weights as trained"
+            lines[1] += f": their {f['weights']}; validation measured and drew these"
         if "held_out_loss" in f:
             lines.append(
                 f"held-out loss {f['held_out_loss']:.4f}, base {f['held_out_base_loss']:.4f}, paired difference "
@@ -73,99 +73,154 @@ def train(recipe: Recipe) -> Outcome:
     a signal, once the step is finished and saved.
     """
     accelerator = build_accelerator(recipe)
-    folder = prepare_folder(recipe) if accelerator.is_main_process else RunFolder(Path(recipe.output_dir))
-    checkpoint = checkpoint_to_resume(recipe)
+    check_optimizer(recipe, accelerator.device)
+    folder = RunFolder(Path(recipe.output_dir))
+    damaged = prepare_folder(recipe) if accelerator.is_main_process else []
     accelerator.wait_for_everyone()
+    checkpoint = checkpoint_to_resume(recipe)
     run = build_run(recipe, accelerator)
-    plan = plan_to_json(run.plan)
-    if checkpoint is not None:
-        progress = load_checkpoint(checkpoint, plan, _tensors(run), run.learner.optimizer.optimizer)
-        run.average.resume_at(progress.step)
-        changed = progress.data != run.data.fingerprint
-        progress = progress._replace(data=run.data.fingerprint)
-    else:
-        changed = False
-        progress = Progress(0, plan, measure_base(run), run.data.fingerprint)
-    if run.accelerator.is_main_process:
-        write_text(folder.root / "recipe.yaml", dump_recipe(recipe))
-        write_text(folder.root / "plan.json", json.dumps(plan, indent=1) + "\n")
-    with _metrics(run, folder, progress.step) as metrics:
-        for notice in [*run.notices, *([DATA_CHANGED] if changed else [])]:
-            metrics.say(notice)
-        try:
-            return _train(run, folder, metrics, progress)
-        finally:
-            _list_skipped(run, folder, metrics)
+    progress, notices = begin(run, checkpoint)
+    with full_disk_told(folder.root, partial(_last_whole, folder)):
+        if run.accelerator.is_main_process:
+            write_text(folder.root / "recipe.yaml", dump_recipe(recipe))
+            write_text(folder.root / "plan.json", json.dumps(progress.plan, indent=1) + "\n")
+        with _metrics(run, folder, progress.step) as metrics:
+            for notice in [*run.notices, *damaged, *notices]:
+                metrics.say(notice)
+            try:
+                return _train(run, folder, metrics, progress)
+            finally:
+                _list_skipped(run, folder, metrics)
 
 
 def _train(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress) -> Outcome:
-    recipe, main = run.recipe, run.accelerator.is_main_process
-    loader = make_loader(run.data, recipe, run.accelerator, first_step=progress.step)
-    if progress.step == 0 and main:
-        validate(run, folder, metrics, 0, progress.base_losses)
-    with StopSignals() as signals:
-        for step, batches in enumerate(loader, start=progress.step):
-            done = _step(run, metrics, batches, step, stop=signals.number is not None)
-            progress = progress._replace(step=step + 1)
-            last = progress.step == recipe.train.max_steps
-            if done.interrupted or last or _due(recipe.save.every, progress.step):
-                _save(run, folder, progress)
-            if done.interrupted and not last:
-                raise _interrupted(folder, progress.step, signals.number)
-            if main and not last and _due(recipe.validation.every, progress.step):
-                validate(run, folder, metrics, progress.step, progress.base_losses)
-    run.accelerator.wait_for_everyone()
-    if not main:
-        return Outcome(folder.root, {}, is_main=False)
-    path = write_result(run, folder, progress.step)
-    return Outcome(path, finish(run, folder, metrics, progress.base_losses), is_main=True)
-
-
-def _step(run: Run, metrics: Metrics, batches: list[Batch], step: int, stop: bool) -> StepMetrics:
     recipe = run.recipe
+    loader = make_loader(run.data, recipe, run.accelerator, first_step=progress.step)
+    with StopSignals() as signals:
+        _link_best(run, folder, progress)  # as the checkpoint knows it, which may be an older one
+        # That of step 0, or one that a kill cut off after its checkpoint.
+        progress = _validated(run, folder, metrics, progress)
+        for step, batches in enumerate(loader, start=progress.step):
+            done = _step(run, folder, metrics, batches, progress, stop=signals.number is not None)
+            row = progress.skipped_in_row + 1 if done.problem else 0
+            progress = replace(progress, step=step + 1, skipped_in_row=row)
+            if done.interrupted and progress.step < recipe.train.max_steps:
+                _save(run, folder, progress)
+                raise _interrupted(folder, progress.step, signals.number)
+            progress = _validated(run, folder, metrics, progress)
+            if progress.step == recipe.train.max_steps or _due(recipe.save.every, progress.step):
+                _save(run, folder, progress)
+            elif _is_best(run, progress) and run.accelerator.is_main_process:
+                _write_checkpoint(run, folder, progress)
+    run.accelerator.wait_for_everyone()
+    if not run.accelerator.is_main_process:
+        return Outcome([], {}, is_main=False)
+    return _finish(run, folder, metrics, progress)
+
+
+def _finish(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress) -> Outcome:
+    paths = write_result(run, folder, progress.step)
+    figures = finish(run, folder, metrics, progress.base_losses)
+    if "held_out_loss" in figures:
+        entry = {"step": progress.step, "held_out_loss": figures["held_out_loss"]}
+        _link_best(run, folder, replace(progress, history=[*progress.history, entry]))
+    return Outcome(paths, figures, is_main=True)
+
+
+def _step(
+    run: Run, folder: RunFolder, metrics: Metrics, batches: list[Batch], progress: Progress, stop: bool
+) -> StepMetrics:
+    recipe, step = run.recipe, progress.step
     factor = learning_rate_factor(recipe.schedule, step, recipe.train.max_steps)
+    factor *= Rewarm(*progress.rewarm).factor(step)
     set_learning_rate(run.learner.optimizer, factor)
-    try:
-        done = training_step(run.learner, batches, step, stop)
-    except TrainingError as error:
-        raise TrainingError(f"{error} {_last_good(run)} Nothing was overwritten.") from error
-    run.average.update()
+    done = training_step(run.learner, batches, step, stop)
     metrics.advance(step + 1)
+    if done.problem:
+        _tell_skipped(run, folder, metrics, progress, done)
+        return done
+    if done.overflowed:
+        metrics.log(step + 1, {"skipped": "fp16 gradients overflowed; the loss scale is halved"})
+    else:
+        run.average.update()
     if _due(recipe.train.log_every, step + 1) or step + 1 == recipe.train.max_steps:
         values = {"loss": done.loss, "lr": recipe.optimizer.lr * factor, "grad_norm": done.grad_norm}
+        estimate = run.learner.optimizer.param_groups[0].get("d")
+        if isinstance(estimate, float):  # Prodigy's: the step it takes is lr × this
+            values["prodigy_d"] = estimate
         metrics.log_step(step + 1, run.data.order.mean_batch_size, values)
     return done
+
+
+def _tell_skipped(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress, done: StepMetrics) -> None:
+    """Log a step that was left out. Raises TrainingError if the recipe does not go on over it."""
+    section, row = run.recipe.train, progress.skipped_in_row + 1
+    if section.non_finite == "stop" or row > section.max_non_finite:
+        many = f" Such steps in a row: {row}, and train.max_non_finite is {section.max_non_finite}." if row > 1 else ""
+        raise TrainingError(
+            f"{done.problem}{many} {_last_whole(folder)}Try a lower optimizer.lr. Nothing was overwritten."
+        )
+    metrics.say(f"{done.problem} Skipped, {row} in a row (train.non_finite: skip).")
+    metrics.log(progress.step + 1, {"skipped": done.problem})
+
+
+def _validated(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress) -> Progress:
+    """The progress with the validation of its step, where one is due and was not done before a resume."""
+    step, last = progress.step, progress.step == run.recipe.train.max_steps
+    due = step == 0 or (not last and _due(run.recipe.validation.every, step))
+    if not due or progress.validated or not run.accelerator.is_main_process:
+        return progress
+    measured = validate(run, folder, metrics, step, progress.base_losses)
+    return replace(progress, history=[*progress.history, {"step": step, **measured}])
 
 
 def _due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
+def _is_best(run: Run, progress: Progress) -> bool:
+    best = progress.best
+    return run.recipe.save.best and best is not None and best["step"] == progress.step > 0
+
+
 def _save(run: Run, folder: RunFolder, progress: Progress) -> None:
     if run.accelerator.is_main_process:
-        save_checkpoint(folder.checkpoints, progress, _tensors(run), run.learner.optimizer.optimizer)
-        remove_old_checkpoints(folder.checkpoints, run.recipe.save.keep)
+        _write_checkpoint(run, folder, progress)
     run.accelerator.wait_for_everyone()
 
 
-def _tensors(run: Run) -> dict[str, Tensor]:
-    return {**run.trainable, **run.average.tensors()}
+def _write_checkpoint(run: Run, folder: RunFolder, progress: Progress) -> None:
+    path = folder.checkpoints / checkpoint_name(progress.step)
+    with full_disk_told(path, partial(_last_whole, folder)):
+        save_checkpoint(folder.checkpoints, progress, state_of(run))
+        _link_best(run, folder, progress)
+        remove_old(folder.checkpoints, progress.step, run.recipe.save.keep)
+
+
+def _link_best(run: Run, folder: RunFolder, progress: Progress) -> None:
+    """Let checkpoints/best lead to the checkpoint of the lowest held-out loss that there is."""
+    if not (run.recipe.save.best and run.accelerator.is_main_process and progress.step > 0):
+        return
+    best = progress.best
+    name = checkpoint_name(int(best["step"])) if best else None
+    there = name is not None and (folder.checkpoints / name).is_dir()
+    mark_best(folder.checkpoints, name if there else None)
 
 
 def _interrupted(folder: RunFolder, step: int, number: int | None) -> LoraKitError:
     number = number or signal.SIGTERM  # another process got it
-    where = folder.checkpoints / f"step-{step:06d}"
+    where = folder.checkpoints / checkpoint_name(step)
     return InterruptedRunError(
         f"Stopped by {signal.Signals(number).name} after step {step}; saved {where}. Go on with train.resume=latest.",
         number,
     )
 
 
-def _last_good(run: Run) -> str:
-    found = find_checkpoints(RunFolder(Path(run.recipe.output_dir)).checkpoints)
-    if not found:
-        return "There is no checkpoint yet. Try a lower optimizer.lr."
-    return f"Last good checkpoint: {found[-1]}. Try a lower optimizer.lr with train.resume=latest."
+def _last_whole(folder: RunFolder) -> str:
+    found = newest_whole(folder.checkpoints)
+    if found is None:
+        return "There is no checkpoint yet. "
+    return f"Last good checkpoint: {found}; go on from it with train.resume=latest. "
 
 
 def _metrics(run: Run, folder: RunFolder, first_step: int) -> Metrics:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from lora_kit.adapters import without_adapters
 from lora_kit.data import Batch
 from lora_kit.diffusion import seed_for
-from lora_kit.errors import TrainingError
 from lora_kit.models import ModelBundle
 from lora_kit.training.conditions import Conditions
 from lora_kit.training.objective import (
@@ -51,6 +50,10 @@ class StepMetrics(NamedTuple):
     """Global 2-norm of the gradient before clipping."""
     interrupted: bool
     """Some process was asked to stop."""
+    problem: str = ""
+    """What was not finite, so that no weight was touched; empty after a step like any other."""
+    overflowed: bool = False
+    """fp16: the gradients did not fit, no weight was touched, and the loss scale was halved."""
 
 
 def training_step(learner: Learner, micro_batches: Sequence[Batch], step: int, stop: bool = False) -> StepMetrics:
@@ -60,7 +63,7 @@ def training_step(learner: Learner, micro_batches: Sequence[Batch], step: int, s
     processes: the update does not depend on how the batch was cut, beyond rounding. A process may have none of a
     short step's samples.
 
-    Raises TrainingError on a non-finite loss or gradient, before any weight is touched.
+    After a non-finite loss or gradient no weight is touched, and `problem` says what and where.
     """
     losses = [_backward(learner, batch, step) for batch in micro_batches] or [_backward_nothing(learner)]
     _sum_gradients(learner)
@@ -68,13 +71,17 @@ def training_step(learner: Learner, micro_batches: Sequence[Batch], step: int, s
     total = torch.stack([torch.stack(losses).sum(), torch.tensor(float(stop), device=losses[0].device)])
     loss, stops = (float(x) for x in learner.accelerator.reduce(total, "sum"))
     if not math.isfinite(loss):
-        raise TrainingError(f"The loss of step {step + 1} is {loss}.{_suspects(losses, micro_batches)}")
+        learner.optimizer.zero_grad(set_to_none=True)
+        said = f"The loss of step {step + 1} is {loss}.{_suspects(losses, micro_batches)}"
+        return StepMetrics(loss, math.nan, stops > 0, said)
     norm = float(_clip(learner))
     if not math.isfinite(norm) and learner.accelerator.scaler is None:
-        raise TrainingError(f"The gradient of step {step + 1} has norm {norm} (the loss was {loss:.4g}).")
+        learner.optimizer.zero_grad(set_to_none=True)
+        said = f"The gradient of step {step + 1} has norm {norm} (the loss was {loss:.4g})."
+        return StepMetrics(loss, norm, stops > 0, said)
     learner.optimizer.step()
     learner.optimizer.zero_grad(set_to_none=True)
-    return StepMetrics(loss, norm, stops > 0)
+    return StepMetrics(loss, norm, stops > 0, overflowed=bool(learner.optimizer.step_was_skipped))
 
 
 def _backward(learner: Learner, batch: Batch, step: int) -> Tensor:

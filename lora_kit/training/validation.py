@@ -26,16 +26,19 @@ def measure_base(run: Run) -> list[float]:
     return _held_out_losses(run) if run.held_out is not None else []
 
 
-def validate(run: Run, folder: RunFolder, metrics: Metrics, step: int, base_losses: list[float]) -> None:
-    """Draw the prompts into samples/step-….png and log the held-out loss against the base's."""
+def validate(run: Run, folder: RunFolder, metrics: Metrics, step: int, base_losses: list[float]) -> dict[str, float]:
+    """Draw the prompts into samples/step-….png and log the held-out loss against the base's; what was logged."""
+    measured: dict[str, float] = {}
     with run.average.applied():
         if run.recipe.validation.prompts:
             sheet = _sheet(run, [1.0])
             save_picture(sheet, folder.samples / f"step-{step:06d}.png")
             metrics.picture("samples", sheet, step)
         if run.held_out is not None:
-            metrics.log(step, held_out_metrics(run, base_losses))
+            measured = held_out_metrics(run, base_losses)
+            metrics.log(step, measured)
     metrics.restart_clock(step)
+    return measured
 
 
 def held_out_metrics(run: Run, base_losses: list[float]) -> dict[str, float]:
@@ -51,7 +54,8 @@ def held_out_metrics(run: Run, base_losses: list[float]) -> dict[str, float]:
 
 def finish(run: Run, folder: RunFolder, metrics: Metrics, base_losses: list[float]) -> dict[str, Any]:
     """samples/final_grid.png and result.json; returns what result.json holds."""
-    section, result = run.recipe.validation, {}
+    section = run.recipe.validation
+    result: dict[str, Any] = {"weights": run.average.describe()}
     with run.average.applied():
         if section.prompts:
             strengths = [1.0] if run.is_full else list(section.strengths)
@@ -59,7 +63,7 @@ def finish(run: Run, folder: RunFolder, metrics: Metrics, base_losses: list[floa
             save_picture(sheet, folder.samples / "final_grid.png")
             metrics.picture("final_grid", sheet, run.recipe.train.max_steps)
         if run.held_out is not None:
-            result = held_out_metrics(run, base_losses)
+            result |= held_out_metrics(run, base_losses)
         if section.retrieval:
             result |= _style_and_subject(run, folder)
     write_text(folder.root / "result.json", json.dumps(result, indent=1) + "\n")

@@ -82,26 +82,67 @@ def test_a_launch_that_starts_one_process_instead_of_two_is_refused(tiny_sd1_fol
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_and_resumed_run_equals_one_never_stopped(tiny_sd1_folder, picture_folder, tmp_path, number, status):
-    recipe = str(write_recipe(tmp_path, tiny_sd1_folder, picture_folder, 40))
-    command = [sys.executable, SCRIPT, recipe]
-    subprocess.run([*command, f"output_dir={tmp_path / 'whole'}"], env=ENVIRONMENT, check=True, timeout=300)
+def started(command: list[str], run: Path, logged: int = 3) -> subprocess.Popen[str]:
+    """The run's process, once it has logged some steps."""
     process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics = run / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+    while not (metrics.exists() and metrics.read_text().count("\n") >= logged):
         assert process.poll() is None, "ended before it was stopped"
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == status, said[-2000:]
-    assert "Traceback" not in said
-    assert "train.resume=latest" in said
-    assert not (tmp_path / "run" / "adapter.safetensors").exists()
+    return process
+
+
+def test_stopped_and_resumed_again_and_again_a_run_equals_one_never_stopped(tiny_sd1_folder, picture_folder, tmp_path):
+    recipe = str(write_recipe(tmp_path, tiny_sd1_folder, picture_folder, 40))
+    command = [sys.executable, SCRIPT, recipe]
+    subprocess.run([*command, f"output_dir={tmp_path / 'whole'}"], env=ENVIRONMENT, check=True, timeout=300)
+    first = True
+    for number, status in [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)]:
+        process = started([*command, *([] if first else ["train.resume=latest"])], tmp_path / "run")
+        first = False
+        process.send_signal(number)
+        if number == signal.SIGUSR1:
+            process.send_signal(signal.SIGTERM)  # as clusters do when the time is up: it is stopping already
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == status, said[-2000:]
+        assert "Traceback" not in said
+        assert f"{number.name}: finishing the step, then saving." in said
+        assert f"Stopped by {number.name} after step" in said
+        assert "train.resume=latest" in said
+        assert not (tmp_path / "run" / "adapter.safetensors").exists()
     subprocess.run([*command, "train.resume=latest"], env=ENVIRONMENT, check=True, timeout=300)
     names = [tmp_path / folder / "adapter.safetensors" for folder in ("whole", "run")]
     tensors = [path.read_bytes()[8 + int.from_bytes(path.read_bytes()[:8], "little") :] for path in names]
     assert hashlib.sha256(tensors[0]).digest() == hashlib.sha256(tensors[1]).digest()
     assert losses(tmp_path / "whole") == losses(tmp_path / "run")
+
+
+def test_a_second_ctrl_c_leaves_at_once_without_harm(tiny_sd1_folder, picture_folder, tmp_path):
+    # Steps of a thousand pictures, so that the first Ctrl-C has a long step to finish.
+    recipe = str(write_recipe(tmp_path, tiny_sd1_folder, picture_folder, 40))
+    long = ["data.batch_size=4000", "train.micro_batch_size=5"]
+    subprocess.run([sys.executable, SCRIPT, recipe, "train.max_steps=1"], env=ENVIRONMENT, check=True, timeout=300)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000001"
+    before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    command = [sys.executable, SCRIPT, recipe, *long, "train.resume=latest"]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    said = ""
+    while "resumed from" not in said:  # said just before the first step
+        said += process.stderr.readline()
+        assert process.poll() is None, said
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    while "finishing the step" not in said:
+        said += process.stderr.readline()
+    process.send_signal(signal.SIGINT)  # the same press, passed on by a launcher: nothing happens
+    time.sleep(1.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "Left at once." in rest
+    assert "Traceback" not in said + rest
+    assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [checkpoint.name]

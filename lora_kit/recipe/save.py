@@ -1,0 +1,24 @@
+"""The `save:` section: what is written, and when."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lora_kit.recipe.base import NonNegative, Positive, Precision, Section
+
+
+class SaveSection(Section):
+    """What is written, and when."""
+
+    every: NonNegative = 500
+    """Optimizer steps between checkpoints. 0: only at the end and on a signal."""
+    keep: Positive = 2
+    """Checkpoints kept beside the best one; older ones of this run are removed."""
+    best: bool = True
+    """With `validation.held_out`: keep the checkpoint of the lowest held-out loss too, as `checkpoints/best`."""
+    format: Literal["kohya"] = "kohya"
+    """Layout of adapter.safetensors."""
+    dtype: Precision = "fp32"
+    """Precision of adapter.safetensors. fp16 halves the file."""
+    captions: bool = True
+    """Put caption statistics (`ss_tag_frequency`) and folder names into the header."""

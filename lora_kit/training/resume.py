@@ -1,0 +1,133 @@
+"""Where a run begins: at step 0, or where a checkpoint left it; and what changed since."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from lora_kit.errors import RecipeError
+from lora_kit.recipe import Recipe, ScheduleSection
+from lora_kit.targeting import plan_to_json
+from lora_kit.training.build import Run
+from lora_kit.training.checkpoints import Progress, State, load_checkpoint
+from lora_kit.training.schedules import Rewarm, learning_rate_factor
+from lora_kit.training.validation import measure_base
+
+DATA_CHANGED = (
+    "The pictures, captions or repeats are not those that the checkpoint was made with: the run goes on with what is "
+    "there now, and is no longer the run that was begun."
+)
+# What does not change the weights that are learned, or is told in words of its own.
+_NOT_TOLD = (
+    "output_dir",
+    "save",
+    "validation",
+    "schedule",
+    "data.sources",
+    "data.cache",
+    "data.cache_dir",
+    "data.workers",
+    "data.on_error",
+    "model.base",
+    "train.max_steps",
+    "train.resume",
+    "train.overwrite",
+    "train.log_every",
+    "train.non_finite",
+    "train.max_non_finite",
+)
+
+
+class Start(NamedTuple):
+    """Where the run goes on from."""
+
+    progress: Progress
+    notices: list[str]
+    """What the user should know about it."""
+
+
+def state_of(run: Run) -> State:
+    """What of the run a checkpoint holds."""
+    return State(run.trainable, run.average, run.learner.optimizer.optimizer, run.accelerator.scaler)
+
+
+def begin(run: Run, checkpoint: Path | None) -> Start:
+    """Load the checkpoint into the run, or measure the base. Raises TrainingError, RecipeError if they do not fit."""
+    plan, recipe = plan_to_json(run.plan), run.recipe.model_dump(mode="json")
+    if checkpoint is None:
+        data = run.data.fingerprint
+        return Start(Progress(0, plan, measure_base(run), data, run.base_hash, recipe), [])
+    progress = load_checkpoint(checkpoint, plan, run.base_hash, state_of(run))
+    if progress.step > run.recipe.train.max_steps:
+        raise RecipeError(
+            f"train.max_steps: got {run.recipe.train.max_steps}, but {checkpoint} is at step {progress.step} already. "
+            "Raise it, or resume from an older checkpoint."
+        )
+    rewarm = _rewarm(run.recipe, progress)
+    now = replace(progress, data=run.data.fingerprint, recipe=recipe, rewarm=(rewarm.start, rewarm.steps))
+    notices = [f"resumed from {checkpoint}, after step {progress.step}."]
+    notices += [DATA_CHANGED] if progress.data != now.data else []
+    notices += changed_keys(progress.recipe, recipe)
+    return Start(now, [*notices, *changed_rates(progress, now, run.recipe)])
+
+
+def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """A line that lists the recipe's keys that change what is learned; none if there are none."""
+    old, new = dict(_flat(before)), dict(_flat(after))
+    changed = [f"{key} ({old.get(key)} → {new.get(key)})" for key in sorted(old | new) if old.get(key) != new.get(key)]
+    told = [line for line in changed if not _is_untold(line.partition(" ")[0])]
+    if not told:
+        return []
+    return [
+        f"The recipe is not the checkpoint's: {', '.join(told)}. The run goes on, no longer the one that was begun."
+    ]
+
+
+def changed_rates(before: Progress, now: Progress, recipe: Recipe) -> list[str]:
+    """How the learning rate goes on, where `schedule` or `train.max_steps` changed or it is warmed up again."""
+    old_schedule, old_steps = before.recipe["schedule"], int(before.recipe["train"]["max_steps"])
+    old = ScheduleSection.model_validate(old_schedule)
+    new, steps, step = recipe.schedule, recipe.train.max_steps, now.step
+    ramp, old_ramp, rate = Rewarm(*now.rewarm), Rewarm(*before.rewarm), recipe.optimizer.lr
+
+    def by_old(at: int) -> float:
+        return before.recipe["optimizer"]["lr"] * learning_rate_factor(old, at, old_steps) * old_ramp.factor(at)
+
+    def by_new(at: int) -> float:
+        return rate * learning_rate_factor(new, at, steps) * ramp.factor(at)
+
+    said = [f"train.max_steps: {old_steps} → {steps}."] if steps != old_steps else []
+    if ramp.steps and ramp != old_ramp:
+        said.append(f"schedule.rewarm_steps: the rate rises again over steps {step + 1} to {step + ramp.steps}.")
+    planned = range(min(step, old_steps - 1), min(old_steps, steps))  # what the old curve still had, its end at least
+    same = all(by_old(at) == by_new(at) for at in planned)
+    if steps > step and not same:
+        was = f"{by_old(step):.3g}" if step < old_steps else "none, its last step is done"
+        said.append(
+            f"The learning-rate curve changes: step {step + 1} had {was} by the checkpoint's recipe and has "
+            f"{by_new(step):.3g} now; the last step, {steps}, has {by_new(steps - 1):.3g}."
+        )
+    elif said:
+        last = f"; step {steps} has {by_new(steps - 1):.3g}" if steps > step else ""
+        said.append(f"The learning rate of the steps that were planned before stays as it was{last}.")
+    return [" ".join(said)] if said else []
+
+
+def _rewarm(recipe: Recipe, progress: Progress) -> Rewarm:
+    """The ramp that was begun, or a new one from here if the recipe asks for one of another length."""
+    asked, begun = recipe.schedule.rewarm_steps, Rewarm(*progress.rewarm)
+    return begun if asked == begun.steps else Rewarm(progress.step, asked)
+
+
+def _flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(cast("dict[str, Any]", value), f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
+
+
+def _is_untold(key: str) -> bool:
+    return any(key == untold or key.startswith(f"{untold}.") for untold in _NOT_TOLD)
