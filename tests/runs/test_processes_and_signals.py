@@ -82,12 +82,13 @@ def test_a_launch_that_starts_one_process_instead_of_two_is_refused(tiny_sd1_fol
     assert not (tmp_path / "run").exists()
 
 
-def started(command: list[str], run: Path, logged: int = 3) -> subprocess.Popen[str]:
-    """The run's process, once it has logged some steps."""
+def started(command: list[str], run: Path) -> subprocess.Popen[str]:
+    """The run's process, once it has logged three more steps."""
+    before = len(losses(run)) if (run / "metrics.jsonl").exists() else 0
     process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     metrics = run / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") >= logged):
+    while not (metrics.exists() and metrics.read_text().count("\n") >= before + 3):
         assert process.poll() is None, "ended before it was stopped"
         assert time.monotonic() < deadline
         time.sleep(0.01)
