@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from merge_samples import expected_weights, weights_of
 from safetensors.torch import load_file, save_file
 
-from lora_kit.adapters import AdapterState, read_adapter
+from lora_kit.adapters import AdapterState, read_adapter, write_kohya
 from lora_kit.errors import RecipeError
 from lora_kit.merging import MergeOptions, merge, plan_merge
 
@@ -221,3 +221,12 @@ def test_the_plan_lists_every_change_and_writes_nothing(tiny_sd1_folder, tmp_pat
         assert [update.scale for update in change.updates] == [0.7 * factor, -0.4 * factor]
         assert change.updates[0].rank == states[0].updates[change.module].rank
     assert len(plan.text().splitlines()) == len(plan.changes) + 2
+
+
+def test_what_a_merge_cannot_carry_is_noted(tiny_sd1_folder, tmp_path):
+    """A noise schedule and learned tokens are no weights."""
+    state = random_state(bundle_of(tiny_sd1_folder).components)
+    header = {"ss_zero_terminal_snr": "True"}
+    write_kohya(tmp_path / "a.safetensors", AdapterState(state.updates, header))
+    notes = merge(tiny_sd1_folder, [(tmp_path / "a.safetensors", 1.0)], tmp_path / "out").notes
+    assert any("zero terminal SNR" in note and "timestep_spacing='trailing'" in note for note in notes)
