@@ -26,7 +26,7 @@ def ties(deltas: Sequence[Tensor], weights: Sequence[float], density: float) -> 
 
     τ̂ᵢ = wᵢ · trim(ΔWᵢ); the sign of an entry is that of Σ τ̂ᵢ (the side with the larger summed magnitude); the
     entry is the mean of those τ̂ᵢ that are not zero and have this sign. Equal weights λ are the paper's λ · τ. Where
-    weights differ they count in the election too. Trimming is per module, as in PEFT and mergekit; the paper's own
+    weights differ they count in the election too. Trimming is per module, as in PEFT; the paper's own
     experiments trim a whole model at once.
     """
     terms = torch.stack([weight * trimmed(delta, density) for delta, weight in zip(deltas, weights, strict=True)])

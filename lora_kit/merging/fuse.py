@@ -20,7 +20,7 @@ from lora_kit.merging.delta import ScaledUpdate
 from lora_kit.merging.stored import dtype_name
 
 BLOCK = 1 << 18
-"""Values in a block: 1 MiB in fp32, about what a core's second-level cache holds. Measured flat from 2^17 to 2^19."""
+"""Values in a block: 1 MiB in fp32, about what a core's second-level cache holds."""
 
 
 class Part(NamedTuple):

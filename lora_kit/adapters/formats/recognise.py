@@ -17,7 +17,7 @@ LAYOUTS: tuple[Layout, ...] = (Kohya(), Diffusers(), Peft(), CloneOfSimo())
 
 _NOT_YET = (
     (r"\.lora_B(\.default)?\.bias$", "a LoRA with trained biases (PEFT's lora_bias)"),
-    (r"\.oft_diag$", "an OFT adapter of LyCORIS 1.9 or earlier (oft_diag)"),
+    (r"\.oft_diag$", "an OFT adapter of an old LyCORIS (oft_diag)"),
     (r"\.lambda_layer$", "a T-LoRA adapter, whose rank depends on the time step (lambda_layer)"),
     (r"^oft_unet_", "an OFT adapter of sd-scripts"),
     (r"\.bias_(indices|values|size)$", "a LyCORIS extraction with sparse remainders (bias_indices)"),

@@ -22,7 +22,7 @@ _CORES = ("hada_t1", "hada_t2")
 class LohaUpdate(Decomposable):
     """ΔW = scale · (alpha / rank) · (w1_a · w1_b) ∘ (w2_a · w2_b).
 
-    That is what LyCORIS's `forward` trains; its `get_merged_weight` (3.1 to 4.1.3) multiplies by alpha / rank twice.
+    That is what LyCORIS's `forward` trains; its `get_merged_weight` (3.1.1 to 4.1.3) multiplies by alpha / rank twice.
     """
 
     w1_a: Tensor

@@ -24,7 +24,7 @@ _NAMES = (*_PRODUCTS, *_PRODUCTS["lokr_w1"], *_PRODUCTS["lokr_w2"])
 class LokrUpdate(Decomposable):
     """ΔW = scale · (alpha / rank) · w1 ⊗ w2, each whole or a product of two; if both are whole, alpha has no say.
 
-    That is what LyCORIS's `forward` trains; its `get_merged_weight` (3.1 to 4.1.3) multiplies by alpha / rank twice.
+    That is what LyCORIS's `forward` trains; its `get_merged_weight` (4.1.3) multiplies by alpha / rank twice.
     """
 
     tensors: dict[str, Tensor]

@@ -115,8 +115,8 @@ class OftUpdate(_Orthogonal):
 class BoftUpdate(_Orthogonal):
     """W' = rescale · Bₘ … B₁ W, stage i a butterfly of blocks I + scale · (Rᵢ - I) (Liu et al. 2024, equation 5).
 
-    A strength moves every stage towards the identity, as in LyCORIS ≥ 3; 2.2 moved the first alone. Its versions 3.1
-    and 3.2 turned the weight's input side in merges; 4.1.3 and every version's `bypass` turn the output side.
+    A strength moves every stage towards the identity, as in LyCORIS 3.1.1 and 4.1.3; 2.2 moved the first alone. Its
+    version 3.1.1 turned the weight's input side in merges; 4.1.3 turns the output side.
     """
 
     blocks: Tensor
