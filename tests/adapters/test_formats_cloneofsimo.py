@@ -11,9 +11,10 @@ from adapter_samples import bundle_of
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lora_kit.adapters import LoraUpdate, read_adapter
+from lora_kit.adapters import LoraUpdate, eject, load_adapter, read_adapter, set_scale
 from lora_kit.adapters.formats.cloneofsimo import positions
 from lora_kit.errors import AdapterFileError
+from lora_kit.inference import SamplingSettings, draw
 from lora_kit.models import ModelBundle
 from lora_kit.models.known_trees import known_tree
 
@@ -146,3 +147,27 @@ def test_what_does_not_fit_is_told(
     saved(bundle_of(tiny_sd1_folder), tmp_path / "a")
     with pytest.raises(AdapterFileError, match=what):
         read_adapter(change(tmp_path / "a", tmp_path / "b", tensors, metadata), bundle.components)
+
+
+def test_a_file_with_learned_tokens_is_drawn_with(tiny_sd1_folder: Path, tmp_path: Path) -> None:
+    """From the file to the picture: layers and tokens act, and both are gone again once it is ejected."""
+    bundle = bundle_of(tiny_sd1_folder)
+    settings = SamplingSettings(steps=2, guidance=3.0, width=16, height=16)
+
+    def picture() -> bytes:
+        (drawn,) = draw(bundle, ["a <s1> apple"], [0], settings=settings)
+        return drawn.tobytes()
+
+    saved(
+        bundle_of(tiny_sd1_folder),
+        tmp_path / "a.safetensors",
+        {"<s1>": 3 * torch.randn(32, generator=torch.Generator().manual_seed(1))},
+    )
+    base = picture()
+    load_adapter(bundle, tmp_path / "a.safetensors", "style")
+    whole = picture()
+    set_scale(bundle, {"style": 0})
+    token_alone = picture()
+    eject(bundle, "style")
+    assert len({base, whole, token_alone}) == 3
+    assert picture() == base
