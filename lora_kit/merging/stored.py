@@ -11,24 +11,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from lora_kit.adapters.formats.container_header import DTYPES
 from lora_kit.errors import ModelError
 from lora_kit.models.checkpoint_file import damaged, open_pickled, refuse_text
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""safetensors' names of the precisions that are read here."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MERGEABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Precisions that a weight can be written in."""
