@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,18 +24,23 @@ def command(
     from lora_kit.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
+    from lora_kit.adapters import read_raw
     from lora_kit.cli.plan_buckets import bucket_json, bucket_lines, bucket_table
     from lora_kit.cli.plan_facts import memory, steps
     from lora_kit.cli.plan_sources import data_facts, source_json, source_lines, source_table
     from lora_kit.models.outline import read_outline
     from lora_kit.recipe.objective import check_against_base
     from lora_kit.targeting import make_plan, plan_table, plan_to_json
+    from lora_kit.training.start import starting_updates
 
     base = read_outline(loaded.model)
     if base.prediction_type is not None:
         predicts = loaded.model.prediction_type or base.prediction_type
         check_against_base(loaded.objective, loaded.model.base, predicts, base.timesteps or 1000)
     plan = make_plan(loaded.targets, base.tree)
+    if loaded.model.adapter:
+        path = Path(loaded.model.adapter)
+        starting_updates(path, read_raw(path), {module.name: module for module in base.tree}, plan)
     data = data_facts(loaded.data)
     held = data.buckets
     length = steps(loaded, data.samples, held.steps if held else None)

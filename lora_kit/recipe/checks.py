@@ -28,6 +28,7 @@ def recipe_problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _validation(recipe)
     yield from _targets_of_sources(recipe)
     yield from _prediction(recipe)
+    yield from _begins_at_adapter(recipe)
 
 
 class _Placed(NamedTuple):
@@ -113,6 +114,15 @@ def _prediction(recipe: Recipe) -> Iterator[Problem]:
     if recipe.model.prediction_type is not None:
         for problem in prediction_problems(recipe.objective, recipe.model.prediction_type):
             yield Problem(("objective", *problem.path), problem.message)
+
+
+def _begins_at_adapter(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.model.adapter is None:
+        return
+    others = sorted({rule.method for _, rule in _placed_rules(recipe) if _trains(rule)} - {"lora"})
+    if others:
+        said = f"only `method: lora` can begin at an adapter's weights, and the rules say {', '.join(others)}; "
+        yield Problem(("model", "adapter"), f"{said}remove this, or train `method: lora`.")
 
 
 def _targets_of_sources(recipe: Recipe) -> Iterator[Problem]:

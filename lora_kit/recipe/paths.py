@@ -102,6 +102,7 @@ def expand(text: str) -> str:
 def _places(tree: dict[str, Tree]) -> Iterator[_Place]:
     yield from _place(tree.get("model"), ("model",), "base")
     yield from _place(tree.get("model"), ("model",), "tokenizer")
+    yield from _place(tree.get("model"), ("model",), "adapter")
     data = tree.get("data")
     yield from _place(data, ("data",), "cache_dir")
     sources = data.get("sources") if isinstance(data, dict) else None

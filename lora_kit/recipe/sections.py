@@ -73,6 +73,10 @@ class ModelSection(Section):
     prediction_type: PredictionType | None = None
     """What the network predicts: the noise (`epsilon`), v (`v_prediction`) or the clean latents (`sample`). Default:
     what the base's scheduler config says."""
+    adapter: PathText | None = None
+    """Go on from this adapter, a file of any layout or PEFT's folder: training begins at its weights instead of at
+    zero. `targets` must pick its modules with its ranks and alphas. The base that figures compare with is the base
+    without it."""
     weights: Literal["pretrained", "fresh"] = "pretrained"
     """`fresh` initialises UNet and text encoder anew from the base's configs (the VAE keeps its weights)."""
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from lora_kit.adapters import inject, trainable_parameters
+from lora_kit.adapters import LoraUpdate, inject, read_raw, trainable_parameters
+from lora_kit.adapters.state import adaptable_modules
 from lora_kit.data import Flaw, TrainingSet
 from lora_kit.data.records import name_some
 from lora_kit.models import ModelBundle, base_hash, load_bundle
@@ -23,6 +25,7 @@ from lora_kit.training.objective import adopt_schedule, build_objective, objecti
 from lora_kit.training.optimizers import build_optimizer, parameter_groups, up_matrices
 from lora_kit.training.precision import base_dtype
 from lora_kit.training.prepared import PreparedData, place_networks, prepare_data
+from lora_kit.training.start import starting_updates
 from lora_kit.training.step import Learner
 
 ADAPTER = "default"
@@ -45,6 +48,8 @@ class Run(NamedTuple):
     learner: Learner
     base_hash: str
     """Of the untrained networks; empty for a full fine-tune, whose result is a whole model."""
+    start: dict[str, LoraUpdate] | None = None
+    """What of `model.adapter` is to be put in before the first step; None: nothing."""
 
     @property
     def data(self) -> TrainingSet:
@@ -87,11 +92,17 @@ class Run(NamedTuple):
         return self.plan.targets[0].method == "full"
 
 
-def build_run(recipe: Recipe, accelerator: Accelerator) -> Run:
-    """Load, plan, encode the data, inject, and make the optimizer."""
+def build_run(recipe: Recipe, accelerator: Accelerator, resumes: bool = False) -> Run:
+    """Load, plan, encode the data, inject, and make the optimizer.
+
+    resumes: a checkpoint's weights follow, so that `model.adapter` need not be there any more.
+    """
+    file = Path(recipe.model.adapter) if recipe.model.adapter and not resumes else None
+    raw = read_raw(file) if file else None
     bundle = load_bundle(recipe.model, dtype=base_dtype(recipe), seed=recipe.seed)
     adopt_schedule(recipe.objective, bundle)
     plan = make_plan(recipe.targets, module_tree(bundle.components))
+    start = starting_updates(file, raw, adaptable_modules(bundle.components), plan) if file and raw else None
     hashed = "" if plan.targets[0].method == "full" else base_hash(bundle)
     trains_text = any(target.module.component == "text_encoder" for target in plan.targets)
     bar = progress if accelerator.is_main_process else no_progress
@@ -112,7 +123,7 @@ def build_run(recipe: Recipe, accelerator: Accelerator) -> Run:
         seed=recipe.seed,
     )
     average = WeightAverage(trainable, recipe.train, learner.optimizer.optimizer)
-    return Run(recipe, accelerator, bundle, plan, data, trainable, average, learner, hashed)
+    return Run(recipe, accelerator, bundle, plan, data, trainable, average, learner, hashed, start)
 
 
 def make_trainable(recipe: Recipe, bundle: ModelBundle, plan: TargetPlan) -> None:

@@ -46,6 +46,12 @@ class WeightAverage:
         if self._model is not None:
             self._model.optimization_step = count
 
+    def restart(self) -> None:
+        """Begin at the weights as they are now."""
+        with torch.no_grad():
+            for average, parameter in zip(self.tensors().values(), self._parameters, strict=False):
+                average.copy_(parameter)
+
     def update(self) -> None:
         """After an optimizer step."""
         if self._model is not None:

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple, cast
 from lora_kit.errors import RecipeError
 from lora_kit.recipe import Recipe, ScheduleSection
 from lora_kit.targeting import plan_to_json
-from lora_kit.training.build import Run
+from lora_kit.training.build import ADAPTER, Run
 from lora_kit.training.checkpoints import Progress, State, load_checkpoint
 from lora_kit.training.schedules import Rewarm, learning_rate_factor
+from lora_kit.training.start import begin_at
 from lora_kit.training.validation import measure_base
 
 DATA_CHANGED = (
@@ -57,8 +58,8 @@ def begin(run: Run, checkpoint: Path | None) -> Start:
     """Load the checkpoint into the run, or measure the base. Raises TrainingError, RecipeError if they do not fit."""
     plan, recipe = plan_to_json(run.plan), run.recipe.model_dump(mode="json")
     if checkpoint is None:
-        data = run.data.fingerprint
-        return Start(Progress(0, plan, measure_base(run), data, run.base_hash, recipe), [])
+        progress = Progress(0, plan, measure_base(run), run.data.fingerprint, run.base_hash, recipe)
+        return Start(progress, _begin_at_file(run))  # after the base was measured
     progress = load_checkpoint(checkpoint, plan, run.base_hash, state_of(run))
     if progress.step > run.recipe.train.max_steps:
         raise RecipeError(
@@ -71,6 +72,14 @@ def begin(run: Run, checkpoint: Path | None) -> Start:
     notices += [DATA_CHANGED] if progress.data != now.data else []
     notices += changed_keys(progress.recipe, recipe)
     return Start(now, [*notices, *changed_rates(progress, now, run.recipe)])
+
+
+def _begin_at_file(run: Run) -> list[str]:
+    if run.start is None:
+        return []
+    begin_at(run.bundle.components, ADAPTER, run.start)
+    run.average.restart()
+    return [f"begins at the weights of {run.recipe.model.adapter}: {len(run.start)} modules."]
 
 
 def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

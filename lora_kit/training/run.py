@@ -78,7 +78,7 @@ def train(recipe: Recipe) -> Outcome:
     damaged = prepare_folder(recipe) if accelerator.is_main_process else []
     accelerator.wait_for_everyone()
     checkpoint = checkpoint_to_resume(recipe)
-    run = build_run(recipe, accelerator)
+    run = build_run(recipe, accelerator, resumes=checkpoint is not None)
     progress, notices = begin(run, checkpoint)
     with full_disk_told(folder.root, partial(_last_whole, folder)):
         if run.accelerator.is_main_process:

@@ -161,7 +161,12 @@ def public_recipe(recipe: Recipe, folder_names: bool) -> str:
     held_out = recipe.validation.held_out
     shared = recipe.model_copy(
         update={
-            "model": recipe.model.model_copy(update={"base": _last_name(recipe.model.base)}),
+            "model": recipe.model.model_copy(
+                update={
+                    "base": _last_name(recipe.model.base),
+                    "adapter": recipe.model.adapter and _last_name(recipe.model.adapter),
+                }
+            ),
             "output_dir": _last_name(recipe.output_dir),
             "data": recipe.data.model_copy(
                 update={"sources": [_shared_source(source, folder_names) for source in recipe.data.sources]}
