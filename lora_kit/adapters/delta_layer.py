@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lora_kit.adapters.group_norms import with_gradient
+from lora_kit.adapters.trained_parts import TrainedParts
 from lora_kit.adapters.updates import Update
 
 PARAMETERS = ("weight", "bias")
@@ -29,8 +31,9 @@ class DeltaLayer(nn.Module):
 
     Every update that depends on the weight sees W, not what others make of it, so their order plays no part. W' is
     computed at the first use and kept until a scale, or W itself, changes: a second copy of the weight in memory
-    while an adapter is active. With none active the module runs as it is. Updates do not train; they stay where they
-    were read to (the CPU) and visit the weight's device only to be added up.
+    while an adapter is active. With none active the module runs as it is. Updates that were read do not train; they
+    stay where they were read to (the CPU) and visit the weight's device only to be added up. Those that train are
+    `TrainedParts`.
 
     A PEFT LoRA layer on the same module goes over this one: its part is added to the output.
     """
@@ -38,8 +41,9 @@ class DeltaLayer(nn.Module):
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base_layer = base  # PEFT's name for it: what looks for the network's own module finds it
-        self.updates: dict[str, Update] = {}
-        """Adapter → what it does to this module."""
+        self.trained = nn.ModuleDict()
+        """Adapter → its `TrainedParts`, of those that train."""
+        self._read: dict[str, Update] = {}
         self.scales: dict[str, float] = {}
         """Adapter → strength; one at 0 is off."""
         self.training = base.training
@@ -55,14 +59,25 @@ class DeltaLayer(nn.Module):
         """The module's own bias."""
         return cast("Tensor | None", self.base_layer.bias)
 
-    def add(self, adapter_name: str, update: Update) -> None:
+    @property
+    def updates(self) -> dict[str, Update]:
+        """Adapter → what it does to this module, as it is now."""
+        return self._read | {name: cast(TrainedParts, parts).update() for name, parts in self.trained.items()}
+
+    def add(self, adapter_name: str, update: Update | TrainedParts) -> None:
         """Take the update in, active at strength 1."""
-        self.updates[adapter_name] = update
+        if isinstance(update, TrainedParts):
+            self.trained[adapter_name] = update
+        else:
+            self._read[adapter_name] = update
         self.set_scales({**self.scales, adapter_name: 1.0})
 
     def remove(self, adapter_name: str) -> None:
         """Forget the adapter."""
-        del self.updates[adapter_name]
+        if adapter_name in self.trained:
+            del self.trained[adapter_name]
+        else:
+            del self._read[adapter_name]
         self.set_scales({name: scale for name, scale in self.scales.items() if name != adapter_name})
 
     def set_scales(self, scales: Mapping[str, float]) -> None:
@@ -72,30 +87,57 @@ class DeltaLayer(nn.Module):
 
     def totals(self) -> dict[str, Tensor]:
         """`weight` and `bias` → Σ Δ of the active adapters, fp32, on the parameter's device; others left out."""
-        found: dict[str, Tensor] = {}
+        return self._totals(self.scales)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward with the changed parameters, and what trains added to the output.
+
+        Every module that can be adapted is linear in its parameters, so ΔW can act by itself: a bf16 W + ΔW would
+        round small changes away. It is computed anew each time, in fp32 outside autocast, and then cast to W's
+        precision.
+        """
+        still = {name: scale for name, scale in self.scales.items() if name not in self.trained}
+        output = self._with_read(still, args, kwargs) if still else self.base_layer(*args, **kwargs)
         for name, scale in self.scales.items():
-            update = _moved(self.updates[name], self.weight.device)
-            weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
-            dtype = arithmetic_dtype(self.weight)
-            deltas = update.weight_delta(scale, weight.to(dtype), dtype), update.bias_delta(scale, bias, dtype)
+            if name in self.trained:
+                output = output + self._by_itself(name, scale, args, kwargs)
+        return output
+
+    def _with_read(self, scales: Mapping[str, float], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        own = self._own()
+        key = (tuple(scales.items()), *map(_stamp, own.values()))
+        if self._computed is None or self._computed.key != key:
+            with exact_arithmetic(self.weight.device):
+                totals = self._totals(scales)
+                self._computed = _Computed(key, {name: changed(own[name], total) for name, total in totals.items()})
+        return functional_call(self.base_layer, self._computed.parameters, args, kwargs)
+
+    def _by_itself(self, name: str, scale: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """What ΔW and Δbias make of the input."""
+        own = self._own()
+        with torch.autocast(self.weight.device.type, enabled=False):
+            totals = self._totals({name: scale})
+            alone = {
+                key: totals[key].to(own[key].dtype) if key in totals else torch.zeros_like(own[key]) for key in own
+            }
+        dropout = cast(TrainedParts, self.trained[name]).dropout
+        inputs = (nn.functional.dropout(args[0], dropout, self.training), *args[1:]) if dropout else args
+        return functional_call(self.base_layer, alone, with_gradient(self.base_layer, inputs), kwargs)
+
+    def _own(self) -> dict[str, Tensor]:
+        return {name: weight for name, weight in self.base_layer.named_parameters(recurse=False) if name in PARAMETERS}
+
+    def _totals(self, scales: Mapping[str, float]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        updates, dtype = self.updates, arithmetic_dtype(self.weight)
+        weight, bias = self.weight.detach().to(dtype), None if self.bias is None else self.bias.detach()
+        for name, scale in scales.items():
+            update = updates[name] if name in self.trained else _moved(updates[name], weight.device)
+            deltas = update.weight_delta(scale, weight, dtype), update.bias_delta(scale, bias, dtype)
             for own, delta in zip(PARAMETERS, deltas, strict=True):
                 if delta is not None:
                     found[own] = found[own] + delta if own in found else delta
         return found
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward with the changed parameters."""
-        if not self.scales:
-            return self.base_layer(*args, **kwargs)
-        own = {name: weight for name, weight in self.base_layer.named_parameters(recurse=False) if name in PARAMETERS}
-        key = (tuple(self.scales.items()), *map(_stamp, own.values()))
-        if self._computed is None or self._computed.key != key:
-            self._computed = _Computed(key, self._changed(own))
-        return functional_call(self.base_layer, self._computed.parameters, args, kwargs)
-
-    def _changed(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        with exact_arithmetic(self.weight.device):
-            return {name: changed(own[name], total) for name, total in self.totals().items()}
 
 
 def changed(weight: Tensor, total: Tensor) -> Tensor:

@@ -7,16 +7,20 @@ from typing import cast
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
 from lora_kit.adapters.delta_layer import DeltaLayer
+from lora_kit.adapters.group_norms import with_gradient
 from lora_kit.adapters.layers import LiveLayer, activate, base_layer, live_layer, live_layers, stacked, with_adapter
 from lora_kit.adapters.places import Model, components_of, module_at, put_module
 from lora_kit.adapters.record import adapter_names, forget, record_of, require_unfused, start_record
-from lora_kit.adapters.state import lora_layers
 from lora_kit.adapters.tokens import remove_tokens, require_tokenizer
+from lora_kit.adapters.trained_parts import TrainedParts
 from lora_kit.errors import TargetError
-from lora_kit.targeting import TargetPlan
+from lora_kit.targeting import Target, TargetPlan
+
+PEFT_METHODS = ("lora", "rslora")
+"""Methods that PEFT's LoRA layer trains; the others train as `TrainedParts`."""
 
 
 def inject(
@@ -24,10 +28,10 @@ def inject(
 ) -> dict[str, list[nn.Parameter]]:
     """Adapt exactly the modules of `plan`; the rest of `components` is frozen. Returns `trainable_parameters`.
 
-    Trainable weights are fp32 whatever the base's precision. LoRA: down is Kaiming-uniform (as in PEFT), drawn
-    from (seed, module name) alone, up is zero, so the output is the base's. PEFT casts its inputs, so the
-    network runs with or without autocast. `full`: the module's own weights; over a bf16 or fp16 base those need
-    autocast. The adapter is active at scale 1, beside any others.
+    Trainable weights are fp32 whatever the base's precision. LoRA: down is Kaiming-uniform (as in PEFT), drawn from
+    (seed, module name) alone, up is zero, so the output is the base's. PEFT casts its inputs, so the network runs with
+    or without autocast. `full`: the module's own weights; over a bf16 or fp16 base those need autocast. Every other
+    method: see `TrainedParts`. The adapter is active at scale 1, beside any others.
 
     Raises TargetError, before anything is changed, if the plan is another model's or the name cannot be had.
     """
@@ -39,11 +43,14 @@ def inject(
         name = target.module.name
         if target.method == "full":
             _thaw(components, name, adapter_name)
-        else:
+        elif target.method in PEFT_METHODS:
             put_module(components, name, with_adapter(modules[name], target, adapter_name, seed))
+        else:
+            put_module(components, name, _with_parts(modules[name], target, adapter_name, seed))
     trainable = trainable_parameters(components, plan, adapter_name)
     planned = {target.module.name for target in plan.targets if target.method != "full"}
-    assert lora_layers(components, adapter_name).keys() == planned, "other modules than the plan's were adapted"
+    adapted = {name for name, layer in live_layers(components).items() if adapter_name in layer.adapters}
+    assert adapted == planned, "other modules than the plan's were adapted"
     count = sum(weight.numel() for weights in trainable.values() for weight in weights if weight.requires_grad)
     assert count == plan.trainable_parameters, f"{count} parameters train, {plan.trainable_parameters} are planned"
     return trainable
@@ -52,12 +59,17 @@ def inject(
 def trainable_parameters(
     components: Mapping[str, nn.Module], plan: TargetPlan, adapter_name: str = "default"
 ) -> dict[str, list[nn.Parameter]]:
-    """Target module's name → what trains there, in plan order: LoRA's [down, up], or the module's own for `full`."""
+    """Target module's name → what trains there, in plan order: LoRA's [down, up], the parts of another method in the
+    order of `Target.shapes`, or the module's own for `full`."""
     found: dict[str, list[nn.Parameter]] = {}
     for target in plan.targets:
         module = module_at(components, target.module.name)
         if target.method == "full":
             found[target.module.name] = list(base_layer(module).parameters(recurse=False))
+            continue
+        delta = live_layer(module).delta
+        if delta is not None and adapter_name in delta.trained:
+            found[target.module.name] = list(delta.trained[adapter_name].parameters())
             continue
         assert isinstance(module, LoraLayer), f"{target.module.name} carries no adapter"
         factors = (module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight)
@@ -129,6 +141,14 @@ def _planned_modules(components: Mapping[str, nn.Module], plan: TargetPlan) -> d
     return found
 
 
+def _with_parts(module: nn.Module, target: Target, adapter_name: str, seed: int) -> nn.Module:
+    """The DeltaLayer over `module`, under PEFT's layer if it has one, with an active new adapter that trains."""
+    lora, delta, base = live_layer(module)
+    delta = delta or DeltaLayer(base)
+    delta.add(adapter_name, TrainedParts(target, cast(Tensor, base.weight), seed))
+    return stacked(lora, delta, base)
+
+
 def _without(layer: LiveLayer, adapter_name: str) -> nn.Module:
     """What stands in the module's place once the adapter is gone."""
     lora, delta, base = layer
@@ -153,3 +173,6 @@ def _thaw(components: Mapping[str, nn.Module], name: str, adapter_name: str) -> 
         before[f"{inner}.{own}"] = weight.dtype
         weight.data = weight.data.float()
         weight.requires_grad_(True)
+    own_module = base_layer(module_at(components, name))
+    if isinstance(own_module, nn.GroupNorm):
+        own_module.register_forward_pre_hook(with_gradient)  # stays after `eject`, where it does nothing

@@ -62,7 +62,7 @@ def with_adapter(module: nn.Module, target: Target, adapter_name: str, seed: int
     """The PEFT layer over `module` (or `module` itself if it is one) with an active new adapter in fp32."""
     config = LoraConfig(
         r=target.rank,
-        lora_alpha=cast("int", target.alpha),  # PEFT only divides by the rank, so fractions are exact too
+        lora_alpha=cast("int", target.effective_alpha),  # PEFT only divides by the rank, so fractions are exact too
         lora_dropout=target.dropout,
         init_lora_weights=False,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,16 +51,20 @@ def lora_layers(components: Mapping[str, nn.Module], adapter_name: str) -> dict[
     }
 
 
-def adapter_state(components: Mapping[str, nn.Module], adapter_name: str) -> dict[str, LoraUpdate]:
-    """The updates of an injected adapter as fp32 copies on the CPU; empty if no layer holds `adapter_name`."""
-    return {
-        name: LoraUpdate(
-            _copy(layer.lora_A[adapter_name].weight),
-            _copy(layer.lora_B[adapter_name].weight),
-            float(layer.lora_alpha[adapter_name]),
-        )
-        for name, layer in lora_layers(components, adapter_name).items()
-    }
+def adapter_state(components: Mapping[str, nn.Module], adapter_name: str) -> dict[str, Update]:
+    """The updates of an injected adapter that trains as fp32 copies on the CPU, in module order; empty if there is
+    none of that name."""
+    from lora_kit.adapters.layers import live_layers  # here, as above
+    from lora_kit.adapters.trained_parts import TrainedParts
+
+    found: dict[str, Update] = {}
+    for name, (lora, delta, _) in live_layers(components).items():
+        if lora is not None and adapter_name in lora.lora_A:
+            factors = (_copy(side[adapter_name].weight) for side in (lora.lora_A, lora.lora_B))
+            found[name] = LoraUpdate(*factors, float(lora.lora_alpha[adapter_name]))
+        elif delta is not None and adapter_name in delta.trained:
+            found[name] = cast(TrainedParts, delta.trained[adapter_name]).copied()
+    return found
 
 
 def plain_lora(updates: Mapping[str, Update]) -> dict[str, LoraUpdate]:

@@ -79,14 +79,8 @@ def steps(recipe: Recipe, samples: int | None, steps_per_epoch: int | None = Non
 
 def _tensors(target: Target) -> Iterator[int]:
     """Elements of each tensor that trains."""
-    out, *inputs = target.module.shape
-    if target.method == "full":
-        weight = out * math.prod(inputs)
-        yield weight
-        yield target.module.parameters - weight
-        return
-    yield target.rank * math.prod(inputs)
-    yield target.rank * out
+    for shape in target.shapes.values():
+        yield math.prod(shape)
 
 
 def _moments(optimizer: str, elements: int) -> int:

@@ -16,7 +16,7 @@ AtLeast0 = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 PathText = Annotated[str, Field(min_length=1)]
-Method = Literal["lora", "full"]
+Method = Literal["lora", "rslora", "dora", "loha", "lokr", "oft", "boft", "diff", "full"]
 Precision = Literal["fp32", "bf16", "fp16"]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lora_kit.recipe.base import Problem
 from lora_kit.recipe.buckets import side_problem
+from lora_kit.recipe.methods import IN_PEFT_LAYERS, WITH_UP_AND_DOWN
 from lora_kit.recipe.objective import prediction_problems
 from lora_kit.recipe.rules import PresetRules, TargetRule
 from lora_kit.recipe.schedule import schedule_problems
 
 if TYPE_CHECKING:
     from lora_kit.recipe.sections import Recipe
-
-_WITH_UP_AND_DOWN = ("lora", "dora", "rslora")
 
 
 def recipe_problems(recipe: Recipe) -> Iterator[Problem]:
@@ -29,6 +28,7 @@ def recipe_problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _targets_of_sources(recipe)
     yield from _prediction(recipe)
     yield from _begins_at_adapter(recipe)
+    yield from _layout(recipe)
 
 
 class _Placed(NamedTuple):
@@ -63,10 +63,11 @@ def _one_method(recipe: Recipe) -> Iterator[Problem]:
         return
     first = trained[0]
     for path, rule in trained[1:]:
-        if rule.method != first.rule.method:
+        if (rule.method == "full") != (first.rule.method == "full"):
             before = ".".join(map(str, first.path))
-            said = f"`method: {rule.method}` beside `method: {first.rule.method}` of {before}: train one or the other."
-            yield Problem((*path, "method"), said)
+            said = f"`method: {rule.method}` beside `method: {first.rule.method}` of {before}: `full` makes a whole "
+            fix = "model, the others an adapter. For whole weights in an adapter write `method: diff`."
+            yield Problem((*path, "method"), f"{said}{fix}")
 
 
 def _text_encoder_rate(recipe: Recipe) -> Iterator[Problem]:
@@ -103,8 +104,8 @@ def _averages(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _lora_plus(recipe: Recipe) -> Iterator[Problem]:
-    methods = {rule.method for _, rule in _placed_rules(recipe) if _trains(rule)}
-    if recipe.optimizer.lr_ratio is not None and not methods & set(_WITH_UP_AND_DOWN):
+    methods = _methods(recipe)
+    if recipe.optimizer.lr_ratio is not None and not methods & set(WITH_UP_AND_DOWN):
         said = f"LoRA+ sets apart up and down matrices, and `method: {', '.join(sorted(methods))}` has none; remove it."
         yield Problem(("optimizer", "lr_ratio"), said)
 
@@ -119,10 +120,29 @@ def _prediction(recipe: Recipe) -> Iterator[Problem]:
 def _begins_at_adapter(recipe: Recipe) -> Iterator[Problem]:
     if recipe.model.adapter is None:
         return
-    others = sorted({rule.method for _, rule in _placed_rules(recipe) if _trains(rule)} - {"lora"})
+    if _methods(recipe) == {"full"}:
+        said = (
+            "an adapter's weights are no beginning for `method: full`; merge it into the base first (`lora-kit merge`)"
+        )
+        yield Problem(("model", "adapter"), f"{said}, or train an adapter.")
+
+
+def _layout(recipe: Recipe) -> Iterator[Problem]:
+    """What the file's layout cannot hold is told now, not after the run."""
+    methods, layout = _methods(recipe), recipe.save.format
+    others = sorted(methods - set(IN_PEFT_LAYERS) - {"full"})
+    if layout == "kohya" or methods == {"full"}:
+        return
     if others:
-        said = f"only `method: lora` can begin at an adapter's weights, and the rules say {', '.join(others)}; "
-        yield Problem(("model", "adapter"), f"{said}remove this, or train `method: lora`.")
+        said = f"the {layout} layout holds LoRA, rsLoRA and DoRA, and the rules say {', '.join(others)}; "
+        yield Problem(("save", "format"), f"{said}use `kohya`, which holds every method.")
+    elif "dora" in methods and len(methods) > 1:
+        said = f"the {layout} layout has one switch for DoRA, and the rules say {', '.join(sorted(methods))}; "
+        yield Problem(("save", "format"), f"{said}use `kohya`, or one method.")
+
+
+def _methods(recipe: Recipe) -> set[str]:
+    return {rule.method for _, rule in _placed_rules(recipe) if _trains(rule)}
 
 
 def _targets_of_sources(recipe: Recipe) -> Iterator[Problem]:

@@ -8,12 +8,13 @@ from typing import Annotated, Any, Literal, TypeAlias, cast
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
-from lora_kit.recipe.base import Decay, Method, Positive, Problem, Section, refuse
+from lora_kit.recipe.base import Problem, Section, idle, refuse
+from lora_kit.recipe.methods import MethodSection
 
 PresetName = Literal["attention", "kohya", "kohya-conv", "all-linear", "all"]
 
 
-class TargetRule(Section):
+class TargetRule(MethodSection):
     """One rule. Rules are read in order and the last one that matches a module decides."""
 
     match: str
@@ -24,16 +25,6 @@ class TargetRule(Section):
     """Which layers the glob may pick. Default: both."""
     exclude: bool = False
     """Take the matched modules out again."""
-    method: Method = "lora"
-    """`lora`: low-rank update (Hu et al. 2021). `full`: train the module's own weights."""
-    rank: Positive = 16
-    """Rank r of the update. Higher holds more detail and costs memory in proportion."""
-    alpha: Annotated[float, Field(gt=0)] | None = None
-    """The update is scaled by alpha / rank. Default: alpha = rank, a scale of 1."""
-    dropout: Decay = 0.0
-    """Probability of dropping an input feature of the adapter while training."""
-    lr_scale: Annotated[float, Field(gt=0)] = 1.0
-    """Factor on the learning rate of the modules this rule decides."""
 
     @field_validator("match")
     @classmethod
@@ -44,14 +35,12 @@ class TargetRule(Section):
     @model_validator(mode="after")
     def _nothing_idle(self) -> TargetRule:
         if self.exclude:
-            why = "does nothing in a rule with `exclude: true`; remove it"
-            refuse("TargetRule", _idle(self, ("method", "rank", "alpha", "dropout", "lr_scale"), why))
-        else:
-            refuse("TargetRule", _idle_when_full(self))
+            why = "does nothing in a rule with `exclude: true`; remove it."
+            refuse("TargetRule", idle(self, MethodSection.model_fields, why))
         return self
 
 
-class PresetRules(Section):
+class PresetRules(MethodSection):
     """A named list of rules, optionally with the text encoder and followed by rules of your own."""
 
     preset: PresetName
@@ -59,23 +48,8 @@ class PresetRules(Section):
     well. `all-linear`, `all`: every linear (and convolution) of the UNet."""
     text_encoder: bool = False
     """Also the text encoder's q, k, v, out, fc1, fc2 (sd-scripts' default there)."""
-    method: Method = "lora"
-    """As in a rule."""
-    rank: Positive = 16
-    """As in a rule."""
-    alpha: Annotated[float, Field(gt=0)] | None = None
-    """As in a rule."""
-    dropout: Decay = 0.0
-    """As in a rule."""
-    lr_scale: Annotated[float, Field(gt=0)] = 1.0
-    """As in a rule."""
     rules: list[TargetRule] = Field(default=[])
     """Rules that follow the preset's."""
-
-    @model_validator(mode="after")
-    def _nothing_idle(self) -> PresetRules:
-        refuse("PresetRules", _idle_when_full(self))
-        return self
 
 
 def _tag(value: object) -> str | None:
@@ -119,20 +93,6 @@ Targets: TypeAlias = Annotated[
 """All of `targets:`: one preset, one rule, or a list of both."""
 SECTION_OF_TAG: dict[str, type[Section]] = {"<preset>": PresetRules, "<rule>": TargetRule}
 """The tags that pydantic puts into error paths, and what they stand for."""
-
-
-def _idle(section: TargetRule | PresetRules, keys: tuple[str, ...], why: str) -> Iterator[Problem]:
-    fields = type(section).model_fields
-    for key in keys:
-        value = getattr(section, key)
-        if value != fields[key].default:
-            yield Problem((key,), f"`{key}: {value}` {why}.")
-
-
-def _idle_when_full(section: TargetRule | PresetRules) -> Iterator[Problem]:
-    if section.method == "full":
-        why = "does nothing with `method: full`, which trains the layer's own weights; remove it, or use `method: lora`"
-        yield from _idle(section, ("rank", "alpha", "dropout"), why)
 
 
 def _match_problems(match: str) -> Iterator[Problem]:

@@ -16,8 +16,10 @@ class SaveSection(Section):
     """Checkpoints kept beside the best one; older ones of this run are removed."""
     best: bool = True
     """With `validation.held_out`: keep the checkpoint of the lowest held-out loss too, as `checkpoints/best`."""
-    format: Literal["kohya"] = "kohya"
-    """Layout of adapter.safetensors."""
+    format: Literal["kohya", "diffusers", "peft"] = "kohya"
+    """Layout of the result. `kohya`: sd-scripts' names with LyCORIS's for other methods, adapter.safetensors.
+    `diffusers`: what its `load_lora_weights` writes, the same file. `peft`: a folder, adapter/. The last two hold
+    `lora`, `rslora` and `dora` alone."""
     dtype: Precision = "fp32"
     """Precision of adapter.safetensors. fp16 halves the file."""
     captions: bool = True

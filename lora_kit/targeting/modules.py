@@ -11,7 +11,7 @@ class ModuleInfo(NamedTuple):
     name: str
     """Dotted name that starts with the component: `unet.down_blocks.0.…`."""
     kind: str
-    """`linear`, `conv`, or `other` (norms, embeddings: only `method: full` takes them)."""
+    """`linear`, `conv`, or `other` (norms: only `method: full` and `diff` take them; embeddings: only `full`)."""
     shape: tuple[int, ...]
     """The weight's shape: linear [out, in], conv [out, in, kh, kw]."""
     parameters: int

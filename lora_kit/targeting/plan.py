@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from lora_kit.errors import TargetError
 from lora_kit.recipe import TargetRule
 from lora_kit.targeting.modules import ModuleInfo
+from lora_kit.targeting.parts import Settings, part_shapes
 
 PLAN_FORMAT = 1
 """Version of the JSON form."""
@@ -24,18 +25,37 @@ class Target(NamedTuple):
     """Index of the deciding rule in `TargetPlan.rules`."""
     method: str
     rank: int
-    """0 for `full`, which has no rank; so has `alpha`."""
+    """0 for methods without one; so is `alpha`."""
     alpha: float
+    """As the rule has it, or its default; see `effective_alpha`."""
     dropout: float
     lr_scale: float
+    factor: int | None = None
+    """LoKr's."""
+    block_size: int = 0
+    """OFT's and BOFT's, before it is fitted to the module."""
+    stages: int = 0
+    """BOFT's."""
+    only: str = "all"
+    """What of the module `diff` trains."""
+
+    @property
+    def effective_alpha(self) -> float:
+        """What, over the rank, is the update's scale: rsLoRA's alpha / √rank is √rank · alpha / rank."""
+        return self.alpha * math.sqrt(self.rank) if self.method == "rslora" else self.alpha
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Trainable tensors by their neutral names. Raises TargetError if the method cannot be had for the module."""
+        settings = Settings(self.rank, self.factor, self.block_size, self.stages, self.only)
+        return part_shapes(self.method, self.module, settings)
 
     @property
     def parameters(self) -> int:
-        """Trainable parameters: r · (in·kh·kw + out) for LoRA, the module's own for `full`."""
+        """Trainable parameters."""
         if self.method == "full":
             return self.module.parameters
-        out, *inputs = self.module.shape
-        return self.rank * (math.prod(inputs) + out)
+        return sum(math.prod(shape) for shape in self.shapes.values())
 
 
 class PlanRule(NamedTuple):

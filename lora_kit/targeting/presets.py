@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lora_kit.recipe import PresetRules, TargetRule
+from lora_kit.recipe.methods import MethodSection
 from lora_kit.targeting.plan import PlanRule
 
 _TRANSFORMERS = "unet.**.attentions.*.{proj_in,proj_out,transformer_blocks.**}"
@@ -31,13 +32,7 @@ def preset_rules(preset: PresetRules) -> list[TargetRule]:
     what it trains with a convolution rank (278).
     """
     patterns = [*_UNET_RULES[preset.preset], *([_TEXT_ENCODER_RULE] if preset.text_encoder else [])]
-    shared: dict[str, Any] = {
-        "method": preset.method,
-        "rank": preset.rank,
-        "alpha": preset.alpha,
-        "dropout": preset.dropout,
-        "lr_scale": preset.lr_scale,
-    }
+    shared: dict[str, Any] = {key: getattr(preset, key) for key in MethodSection.model_fields}
     return [TargetRule.model_validate(pattern | shared) for pattern in patterns]
 
 

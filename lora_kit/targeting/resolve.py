@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from lora_kit.errors import TargetError
 from lora_kit.recipe import PresetRules, TargetRule
 from lora_kit.targeting.globs import Pattern, compile_pattern
 from lora_kit.targeting.names import spellings
+from lora_kit.targeting.parts import has_bias
 from lora_kit.targeting.plan import ModuleInfo, PlanRule, Target, TargetPlan
 from lora_kit.targeting.presets import flat_rules
 from lora_kit.targeting.problems import rule_problems
@@ -39,6 +41,7 @@ def make_plan(
         for index in sorted(deciding)
         if not rules[deciding[index]].rule.exclude
     )
+    _refuse(list(_impossible(planned)))
     return TargetPlan(planned, tuple(rules), dict(base_parameters or _sums(tree)))
 
 
@@ -67,7 +70,9 @@ def _picks(rule: TargetRule, pattern: Pattern, tree: Sequence[ModuleInfo]) -> li
     return [
         index
         for index, module in enumerate(tree)
-        if module.kind in kinds and any(pattern.matches(name) for name in spellings(module.name))
+        if module.kind in kinds
+        and _takes(rule, module)
+        and any(pattern.matches(name) for name in spellings(module.name))
     ]
 
 
@@ -75,15 +80,36 @@ def _kinds(rule: TargetRule) -> frozenset[str]:
     """LoRA needs a matrix; whole weights can be trained, and anything be excluded, whatever the layer."""
     if rule.kind != "any":
         return frozenset({rule.kind})
-    every = rule.method == "full" or rule.exclude
+    every = rule.method in ("full", "diff") or rule.exclude
     return frozenset({"linear", "conv", "other"} if every else {"linear", "conv"})
 
 
+def _takes(rule: TargetRule, module: ModuleInfo) -> bool:
+    """`diff` is for what has its weight's gradient from a batch alone: not for embeddings; nor for a bias not there."""
+    if rule.method != "diff" or rule.exclude:
+        return True
+    embedding = module.kind == "other" and len(module.shape) != 1
+    return not embedding and (rule.only != "bias" or has_bias(module))
+
+
+def _impossible(planned: Sequence[Target]) -> Iterator[str]:
+    """What a method cannot do over a module's sides."""
+    for target in planned:
+        try:
+            _ = target.parameters
+        except TargetError as error:
+            yield str(error)
+
+
 def _target(module: ModuleInfo, number: int, rule: TargetRule) -> Target:
-    if rule.method == "full":
-        return Target(module, number, "full", 0, 0.0, 0.0, rule.lr_scale)
-    alpha = float(rule.rank) if rule.alpha is None else rule.alpha
-    return Target(module, number, rule.method, rule.rank, alpha, rule.dropout, rule.lr_scale)
+    if rule.method in ("full", "diff", "oft", "boft"):
+        plain = Target(module, number, rule.method, 0, 0.0, 0.0, rule.lr_scale)
+        if rule.method == "diff":
+            return plain._replace(only=rule.only)
+        return plain if rule.method == "full" else plain._replace(block_size=rule.block_size, stages=rule.stages)
+    default = math.sqrt(rule.rank) if rule.method == "rslora" else float(rule.rank)
+    alpha = default if rule.alpha is None else rule.alpha
+    return Target(module, number, rule.method, rule.rank, alpha, rule.dropout, rule.lr_scale, rule.factor)
 
 
 def _sums(tree: Sequence[ModuleInfo]) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -55,14 +56,31 @@ def _text(placed: PlanRule) -> str:
 
 def _given(target: Target) -> str:
     """What the rule gives each module; what is at its default is left out."""
-    said = ["full weights"] if target.method == "full" else [f"{target.method} rank {target.rank}"]
-    if target.alpha != target.rank:
+    said = [_method(target)]
+    usual = math.sqrt(target.rank) if target.method == "rslora" else target.rank
+    if target.alpha != usual:
         said.append(f"alpha {target.alpha:g}")
     if target.dropout:
         said.append(f"dropout {target.dropout:g}")
     if target.lr_scale != 1:
         said.append(f"lr × {target.lr_scale:g}")
     return ", ".join(said)
+
+
+def _method(target: Target) -> str:
+    match target.method:
+        case "full":
+            return "full weights"
+        case "diff":
+            return "difference" if target.only == "all" else f"difference, {target.only} only"
+        case "oft":
+            return f"oft, blocks ≤ {target.block_size}"
+        case "boft":
+            return f"boft, {target.stages} stages, blocks ≤ {target.block_size}"
+        case "lokr" if target.factor:
+            return f"lokr rank {target.rank}, factor {target.factor}"
+        case _:
+            return f"{target.method} rank {target.rank}"
 
 
 def _millions(count: int) -> str:

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from lora_kit.adapters import LoraUpdate, inject, read_raw, trainable_parameters
+from lora_kit.adapters import Update, inject, read_raw, trainable_parameters
 from lora_kit.adapters.state import adaptable_modules
 from lora_kit.data import Flaw, TrainingSet
 from lora_kit.data.records import name_some
@@ -48,7 +48,7 @@ class Run(NamedTuple):
     learner: Learner
     base_hash: str
     """Of the untrained networks; empty for a full fine-tune, whose result is a whole model."""
-    start: dict[str, LoraUpdate] | None = None
+    start: dict[str, Update] | None = None
     """What of `model.adapter` is to be put in before the first step; None: nothing."""
 
     @property

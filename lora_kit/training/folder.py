@@ -14,6 +14,8 @@ from lora_kit.training.checkpoints import damaged
 OURS = (
     "adapter.safetensors",
     "adapter.ema.safetensors",
+    "adapter",
+    "adapter.ema",
     "model",
     "model_ema",
     "recipe.yaml",

@@ -46,8 +46,8 @@ def parameter_groups(
 
 
 def up_matrices(trainable: Mapping[str, nn.Parameter]) -> list[nn.Parameter]:
-    """LoRA's up factors (B in Hu et al. 2021) among the trainable parameters by dotted name."""
-    return [parameter for name, parameter in trainable.items() if ".lora_B." in name]
+    """LoRA's, rsLoRA's and DoRA's up factors (B in Hu et al. 2021) among the trainable parameters by dotted name."""
+    return [parameter for name, parameter in trainable.items() if ".lora_B." in name or name.endswith(".up")]
 
 
 def rate_of_text_encoder(section: OptimizerSection) -> float:

@@ -16,7 +16,7 @@ from lora_kit.adapters import (
     adapter_state,
     public_recipe,
     training_metadata,
-    write_kohya,
+    write_adapter,
 )
 from lora_kit.files import sync_folder, sync_tree
 from lora_kit.models import pipeline
@@ -36,7 +36,9 @@ def write_result(run: Run, folder: RunFolder, step: int) -> list[Path]:
     if run.is_full:
         places = [(folder.model, False), *([(folder.model_average, True)] if moving else [])]
     else:
-        places = [(folder.adapter, False), *([(folder.adapter_average, True)] if moving else [])]
+        suffix = "" if run.recipe.save.format == "peft" else ".safetensors"
+        names = [("adapter", False), *([("adapter.ema", True)] if moving else [])]
+        places = [(folder.root / f"{name}{suffix}", average) for name, average in names]
     for path, average in places:
         with run.average.final(moving=average):
             if run.is_full:
@@ -54,7 +56,7 @@ def training_facts(run: Run, step: int) -> TrainingFacts:
         update={"train": run.recipe.train.model_copy(update={"resume": None, "overwrite": False})}
     )
     trains_text = any(target.module.component == "text_encoder" for target in plan.targets)
-    (rank, alpha), _ = Counter((target.rank, target.alpha) for target in plan.targets).most_common(1)[0]
+    (rank, alpha), _ = Counter((target.rank, target.effective_alpha) for target in plan.targets).most_common(1)[0]
     return TrainingFacts(
         family=run.bundle.family.name,
         prediction_type=run.bundle.prediction_type,
@@ -69,6 +71,7 @@ def training_facts(run: Run, step: int) -> TrainingFacts:
         text_encoder_lr=rate_of_text_encoder(recipe.optimizer) if trains_text else None,
         rank=rank,
         alpha=alpha,
+        methods=tuple(sorted({target.method for target in plan.targets})),
         resolution=recipe.data.resolution,
         train_images=run.data.record_count,
         epoch=run.data.order.epochs_before(step),
@@ -83,7 +86,7 @@ def training_facts(run: Run, step: int) -> TrainingFacts:
 def _write_adapter(run: Run, path: Path, step: int, weights: str) -> None:
     updates = adapter_state(run.bundle.components, ADAPTER)
     metadata = training_metadata(training_facts(run, step)) | {"lora_kit.weights": weights}
-    write_kohya(path, AdapterState(dict(updates), dict(sorted(metadata.items()))), _dtype(run))
+    write_adapter(path, AdapterState(updates, dict(sorted(metadata.items()))), run.recipe.save.format, _dtype(run))
 
 
 def _caption_facts(run: Run) -> CaptionFacts:

@@ -83,12 +83,12 @@ def test_betas_are_read_from_a_list() -> None:
         (
             {"targets": [{"preset": "all"}, {"match": "unet.**", "method": "full"}]},
             "targets.1.method",
-            "`method: full` beside `method: lora` of targets.0: train one or the other",
+            "`method: full` beside `method: lora` of targets.0: `full` makes a whole model",
         ),
         (
             {"targets": {"preset": "all", "method": "full", "rules": [{"match": "unet.**"}]}},
             "targets.rules.0.method",
-            "train one or the other",
+            "For whole weights in an adapter write `method: diff`",
         ),
         ({"targets": {"match": "unet.**", "exclude": True}}, "targets", "nothing would be trained"),
         ({"optimizer": {"text_encoder_lr": 1e-5}}, "optimizer.text_encoder_lr", "no rule picks from the text encoder"),

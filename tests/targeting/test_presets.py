@@ -69,5 +69,5 @@ def test_kohya_presets_are_the_search_by_class(
 
 def test_shared_values_reach_every_target(sd1_tree: list[ModuleInfo]) -> None:
     rules = PresetRules(preset="kohya-conv", text_encoder=True, rank=4, alpha=2, dropout=0.1, lr_scale=0.5)
-    given = {target[2:] for target in make_plan(rules, sd1_tree).targets}
+    given = {target[2:7] for target in make_plan(rules, sd1_tree).targets}
     assert given == {("lora", 4, 2.0, 0.1, 0.5)}

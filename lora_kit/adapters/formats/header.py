@@ -54,6 +54,8 @@ class TrainingFacts:
     """The most frequent rank of the plan, for readers that know one number only."""
     alpha: float
     """The alpha that goes with `rank`."""
+    methods: tuple[str, ...] = ("lora",)
+    """The plan's, each once."""
     resolution: int
     """Side of the training pictures, pixels."""
     train_images: int
@@ -87,7 +89,7 @@ def _ss(facts: TrainingFacts) -> dict[str, str]:
         "ss_base_model_version": sd_name,
         "ss_v2": facts.family == "sd2",
         "ss_sd_model_name": facts.base_name,
-        "ss_network_module": "networks.lora",
+        **_network(facts.methods),
         "ss_network_dim": facts.rank,
         "ss_network_alpha": facts.alpha,
         "ss_learning_rate": facts.learning_rate,
@@ -105,6 +107,17 @@ def _ss(facts: TrainingFacts) -> dict[str, str]:
         values["ss_tag_frequency"] = _json(facts.captions.tag_frequency)
         values["ss_dataset_dirs"] = _json(facts.captions.dataset_dirs)
     return {key: str(value) for key, value in values.items()}
+
+
+def _network(methods: tuple[str, ...]) -> dict[str, object]:
+    """sd-scripts' module and arguments; LyCORIS's where the file holds more than LoRA. It names one algorithm, and
+    loads what others the keys tell."""
+    if set(methods) <= {"lora", "rslora"}:
+        return {"ss_network_module": "networks.lora"}
+    named = next((method for method in methods if method not in ("lora", "rslora")), "lora")
+    algorithm = {"dora": "lora", "diff": "full", "oft": "diag-oft"}.get(named, named)
+    arguments = {"algo": algorithm} | ({"dora_wd": "True"} if "dora" in methods else {})
+    return {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps(arguments)}
 
 
 def _json(value: Mapping[str, Mapping[str, int]]) -> str:

@@ -54,7 +54,8 @@ class Decomposable(Update):
         assert self.magnitude is not None
         axis = norm_axis(self.magnitude, tuple(weight.shape))
         others = tuple(dim for dim in range(weight.ndim) if dim != axis)
-        norm = torch.linalg.vector_norm(weight, dim=others, keepdim=True, dtype=torch.float64)
+        # Detached: a constant to the gradient while it trains (Liu et al. 2024, section 4.3).
+        norm = torch.linalg.vector_norm(weight.detach(), dim=others, keepdim=True, dtype=torch.float64)
         magnitude = self.magnitude.to(weight.device, torch.float64).reshape(norm.shape)
         return magnitude / (norm + NORM_FLOOR)
 

@@ -43,9 +43,9 @@ class _Orthogonal(Update):
         blocks = self.blocks.double()
         skew = blocks - blocks.transpose(-1, -2)
         limit = (self.alpha or 0.0) * self.blocks.shape[-3] * self.blocks.shape[-1]
-        norm = float(skew.norm()) + 1e-8
-        if 0 < limit < norm:
-            skew = skew * (limit / norm)
+        if limit > 0:
+            norm = float(skew.detach().norm()) + 1e-8
+            skew = skew * min(1.0, limit / norm)
         one = torch.eye(blocks.shape[-1], dtype=torch.float64, device=blocks.device)
         # R - I = 2Q(I - Q)⁻¹; both factors commute, so a solve from the left gives the same.
         return 2 * scale * torch.linalg.solve(one - skew, skew)
