@@ -60,8 +60,8 @@ def adapter_state(components: Mapping[str, nn.Module], adapter_name: str) -> dic
     found: dict[str, Update] = {}
     for name, (lora, delta, _) in live_layers(components).items():
         if lora is not None and adapter_name in lora.lora_A:
-            factors = (_copy(side[adapter_name].weight) for side in (lora.lora_A, lora.lora_B))
-            found[name] = LoraUpdate(*factors, float(lora.lora_alpha[adapter_name]))
+            down, up = (_copy(side[adapter_name].weight) for side in (lora.lora_A, lora.lora_B))
+            found[name] = LoraUpdate(down, up, float(lora.lora_alpha[adapter_name]))
         elif delta is not None and adapter_name in delta.trained:
             found[name] = cast(TrainedParts, delta.trained[adapter_name]).copied()
     return found

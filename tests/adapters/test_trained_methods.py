@@ -138,7 +138,7 @@ def test_fused_is_live_and_off_is_the_base(net: dict[str, nn.Module], method: st
 
 
 def _peft_config(method: str) -> Any:
-    targets = list(MODULES)
+    targets: list[str] = list(MODULES)
     if method == "dora":
         return LoraConfig(r=3, lora_alpha=6, use_dora=True, target_modules=targets)
     if method == "loha":
