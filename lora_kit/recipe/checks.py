@@ -28,6 +28,7 @@ def recipe_problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _targets_of_sources(recipe)
     yield from _prediction(recipe)
     yield from _begins_at_adapter(recipe)
+    yield from _begins_twice(recipe)
     yield from _layout(recipe)
 
 
@@ -125,6 +126,15 @@ def _begins_at_adapter(recipe: Recipe) -> Iterator[Problem]:
             "an adapter's weights are no beginning for `method: full`; merge it into the base first (`lora-kit merge`)"
         )
         yield Problem(("model", "adapter"), f"{said}, or train an adapter.")
+
+
+def _begins_twice(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.model.adapter is None:
+        return
+    for path, rule in _placed_rules(recipe):
+        if rule.init != "default":
+            said = f"`init: {rule.init}` beside `model.adapter`, at whose weights training begins: keep one of them."
+            yield Problem((*path, "init"), said)
 
 
 def _layout(recipe: Recipe) -> Iterator[Problem]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from lora_kit.training.checkpoints import named_trainables
 from lora_kit.training.conditions import Conditions
 from lora_kit.training.ema import WeightAverage
 from lora_kit.training.held_out import HeldOut
+from lora_kit.training.max_norm import Limited, limited_modules
 from lora_kit.training.objective import adopt_schedule, build_objective, objective_notices
 from lora_kit.training.optimizers import build_optimizer, parameter_groups, up_matrices
 from lora_kit.training.precision import base_dtype
@@ -50,6 +52,8 @@ class Run(NamedTuple):
     """Of the untrained networks; empty for a full fine-tune, whose result is a whole model."""
     start: dict[str, Update] | None = None
     """What of `model.adapter` is to be put in before the first step; None: nothing."""
+    limited: Sequence[Limited] = ()
+    """Modules whose updates are kept below a norm."""
 
     @property
     def data(self) -> TrainingSet:
@@ -123,7 +127,8 @@ def build_run(recipe: Recipe, accelerator: Accelerator, resumes: bool = False) -
         seed=recipe.seed,
     )
     average = WeightAverage(trainable, recipe.train, learner.optimizer.optimizer)
-    return Run(recipe, accelerator, bundle, plan, data, trainable, average, learner, hashed, start)
+    limited = limited_modules(plan, by_module)
+    return Run(recipe, accelerator, bundle, plan, data, trainable, average, learner, hashed, start, limited)
 
 
 def make_trainable(recipe: Recipe, bundle: ModelBundle, plan: TargetPlan) -> None:

@@ -21,10 +21,10 @@ from lora_kit.adapters import (
 from lora_kit.files import sync_folder, sync_tree
 from lora_kit.models import pipeline
 from lora_kit.targeting import plan_to_json
+from lora_kit.targeting.rates import rate_of_text_encoder
 from lora_kit.training.build import ADAPTER, Run
 from lora_kit.training.folder import RunFolder
 from lora_kit.training.objective import schedule_facts
-from lora_kit.training.optimizers import rate_of_text_encoder
 from lora_kit.training.precision import DTYPES
 
 SAVE_DTYPES = {**DTYPES, "fp32": DTYPES["no"]}

@@ -19,6 +19,7 @@ from lora_kit.training.checkpoints import Progress, checkpoint_name, save_checkp
 from lora_kit.training.disk import full_disk_told
 from lora_kit.training.folder import RunFolder, checkpoint_to_resume, prepare_folder
 from lora_kit.training.launch import build_accelerator
+from lora_kit.training.max_norm import limit_norms
 from lora_kit.training.metrics import Metrics, NoMetrics
 from lora_kit.training.optimizers import check_optimizer, set_learning_rate
 from lora_kit.training.result import write_result
@@ -141,13 +142,17 @@ def _step(
         return done
     if done.overflowed:
         metrics.log(step + 1, {"skipped": "fp16 gradients overflowed; the loss scale is halved"})
-    else:
+    norms = None
+    if not done.overflowed:
+        norms = limit_norms(run.limited)
         run.average.update()
     if _due(recipe.train.log_every, step + 1) or step + 1 == recipe.train.max_steps:
         values = {"loss": done.loss, "lr": recipe.optimizer.lr * factor, "grad_norm": done.grad_norm}
         estimate = run.learner.optimizer.param_groups[0].get("d")
         if isinstance(estimate, float):  # Prodigy's: the step it takes is lr × this
             values["prodigy_d"] = estimate
+        if norms is not None:
+            values |= {"norms_limited": float(norms.scaled), "mean_norm": float(norms.mean)}
         metrics.log_step(step + 1, run.data.order.mean_batch_size, values)
     return done
 
