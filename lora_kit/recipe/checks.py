@@ -167,10 +167,13 @@ def _targets_of_sources(recipe: Recipe) -> Iterator[Problem]:
 
 def _validation(recipe: Recipe) -> Iterator[Problem]:
     held_out = recipe.validation.held_out
+    if recipe.validation.retrieval and not recipe.validation.measures:
+        said = "`retrieval: true` needs `validation.held_out`: captions to draw and pictures to compare with."
+        yield Problem(("validation", "retrieval"), said)
+    for name in sorted(recipe.train.tracker_options.keys() - set(recipe.train.trackers)):
+        said = f"options of `{name}`, which `train.trackers` does not name; add it there, or remove them."
+        yield Problem(("train", "tracker_options", name), said)
     if held_out is None:
-        if recipe.validation.retrieval:
-            said = "`retrieval: true` needs `validation.held_out`: captions to draw and pictures to compare with."
-            yield Problem(("validation", "retrieval"), said)
         return
     said = side_problem(recipe.data.buckets, held_out.resolution or recipe.data.resolution)
     if said:

@@ -14,6 +14,7 @@ from lora_kit.adapters import Update, inject, read_raw, trainable_parameters
 from lora_kit.adapters.state import adaptable_modules
 from lora_kit.data import Flaw, TrainingSet
 from lora_kit.data.records import name_some
+from lora_kit.data.split import some_of
 from lora_kit.models import ModelBundle, base_hash, load_bundle
 from lora_kit.progress import no_progress, progress
 from lora_kit.recipe import Recipe
@@ -65,6 +66,15 @@ class Run(NamedTuple):
         """What is measured on, and how."""
         section, pictures = self.recipe.validation, self.prepared.held_out
         return HeldOut(pictures, section.held_out_timesteps, section.seed) if pictures is not None else None
+
+    @property
+    def measured_training(self) -> HeldOut | None:
+        """Training pictures that are measured like the held-out ones."""
+        held_out, section = self.held_out, self.recipe.validation
+        if held_out is None or not section.train_subset:
+            return None
+        records = some_of(self.data.records, min(section.train_subset, held_out.pictures.record_count))
+        return held_out._replace(pictures=self.data, records=records) if records else None
 
     @property
     def skipped(self) -> list[Flaw]:

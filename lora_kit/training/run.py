@@ -7,7 +7,10 @@ import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
 
 from lora_kit.data import Batch, make_loader
 from lora_kit.errors import LoraKitError, TrainingError
@@ -18,14 +21,16 @@ from lora_kit.training.checkpoint_folder import mark_best, newest_whole, remove_
 from lora_kit.training.checkpoints import Progress, checkpoint_name, save_checkpoint
 from lora_kit.training.disk import full_disk_told
 from lora_kit.training.folder import RunFolder, checkpoint_to_resume, prepare_folder
-from lora_kit.training.launch import build_accelerator
+from lora_kit.training.launch import build_accelerator, start_trackers
 from lora_kit.training.max_norm import limit_norms
+from lora_kit.training.measures import Measured, is_over, verdict
 from lora_kit.training.metrics import Metrics, NoMetrics
 from lora_kit.training.optimizers import check_optimizer, set_learning_rate
-from lora_kit.training.result import write_result
+from lora_kit.training.result import write_best, write_result
 from lora_kit.training.resume import begin, state_of
 from lora_kit.training.schedules import Rewarm, learning_rate_factor
 from lora_kit.training.signals import InterruptedRunError, StopSignals
+from lora_kit.training.statistics import Interval
 from lora_kit.training.step import StepMetrics, training_step
 from lora_kit.training.validation import finish, validate
 
@@ -52,11 +57,7 @@ class Outcome(NamedTuple):
         if len(self.paths) > 1:
             lines[0] += ": the weights as trained"
             lines[1] += f": their {f['weights']}; validation measured and drew these"
-        if "held_out_loss" in f:
-            lines.append(
-                f"held-out loss {f['held_out_loss']:.4f}, base {f['held_out_base_loss']:.4f}, paired difference "
-                f"{f['held_out_difference']:+.4f} ± {f['held_out_standard_error']:.4f}"
-            )
+        lines += _held_out_lines(f)
         for strength in ("0", "1"):
             if f"top1_at_{strength}" in f:
                 lines.append(
@@ -65,6 +66,22 @@ class Outcome(NamedTuple):
                     f"among the nearest five for {f[f'top5_at_{strength}']:.1%} (chance {f['chance_top1']:.1%})"
                 )
         return lines
+
+
+def _held_out_lines(f: dict[str, Any]) -> list[str]:
+    if "held_out_loss" not in f:
+        return []
+    lines = [
+        f"held-out loss {f['held_out_loss']:.4f}, base {f['held_out_base_loss']:.4f}, paired difference "
+        f"{f['held_out_difference']:+.4f} ± {f['held_out_interval']:.4f} (95 %)"
+    ]
+    if "gap" in f:
+        lines.append(
+            f"training pictures, measured alike: difference {f['trained_difference']:+.4f}; gap "
+            f"{f['gap']:+.4f} ± {f['gap_interval']:.4f} (95 %)"
+        )
+    against = Interval(f.get("last_minus_best", 0.0), 0.0, f.get("last_minus_best_interval", 0.0))
+    return [*lines, verdict(f["step"], f["best_step"], against)]
 
 
 def train(recipe: Recipe) -> Outcome:
@@ -92,6 +109,8 @@ def train(recipe: Recipe) -> Outcome:
                 return _train(run, folder, metrics, progress)
             finally:
                 _list_skipped(run, folder, metrics)
+                if recipe.train.trackers and run.accelerator.is_main_process:
+                    run.accelerator.end_training()
 
 
 def _train(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress) -> Outcome:
@@ -102,6 +121,8 @@ def _train(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress) ->
         # That of step 0, or one that a kill cut off after its checkpoint.
         progress = _validated(run, folder, metrics, progress)
         for step, batches in enumerate(loader, start=progress.step):
+            if _ends_early(run, progress):
+                break
             done = _step(run, folder, metrics, batches, progress, stop=signals.number is not None)
             row = progress.skipped_in_row + 1 if done.problem else 0
             progress = replace(progress, step=step + 1, skipped_in_row=row)
@@ -113,6 +134,8 @@ def _train(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress) ->
                 _save(run, folder, progress)
             elif _is_best(run, progress) and run.accelerator.is_main_process:
                 _write_checkpoint(run, folder, progress)
+    if _ends_early(run, progress):
+        _tell_early_end(run, folder, metrics, progress)
     run.accelerator.wait_for_everyone()
     if not run.accelerator.is_main_process:
         return Outcome([], {}, is_main=False)
@@ -121,11 +144,37 @@ def _train(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress) ->
 
 def _finish(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress) -> Outcome:
     paths = write_result(run, folder, progress.step)
-    figures = finish(run, folder, metrics, progress.base_losses)
+    figures = finish(run, folder, metrics, progress)
     if "held_out_loss" in figures:
         entry = {"step": progress.step, "held_out_loss": figures["held_out_loss"]}
         _link_best(run, folder, replace(progress, history=[*progress.history, entry]))
-    return Outcome(paths, figures, is_main=True)
+        if run.recipe.save.best and figures["best_step"] != progress.step:
+            best = write_best(run, folder, figures["best_step"])
+            metrics.say(f"wrote {best}: as it was at step {figures['best_step']}, the best by held-out loss")
+    return Outcome(paths, figures | {"step": progress.step}, is_main=True)
+
+
+def _ends_early(run: Run, progress: Progress) -> bool:
+    """Whether the held-out loss ends the run here. The main process measured it, and tells the others."""
+    rule = run.recipe.validation.early_stop
+    if rule is None or progress.step == run.recipe.train.max_steps or not _due_here(run, progress.step):
+        return False
+    over = torch.tensor(float(run.accelerator.is_main_process and is_over(progress.history, rule)))
+    return float(cast(Tensor, run.accelerator.reduce(over.to(run.accelerator.device), "sum"))) > 0
+
+
+def _due_here(run: Run, step: int) -> bool:
+    return _due(run.recipe.validation.every, step)
+
+
+def _tell_early_end(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress) -> None:
+    rule = run.recipe.validation.early_stop
+    assert rule is not None
+    metrics.say(
+        f"ends after step {progress.step} of {run.recipe.train.max_steps}: {rule.patience} validations without a lower "
+        "held-out loss (validation.early_stop)."
+    )
+    _save(run, folder, progress)
 
 
 def _step(
@@ -175,8 +224,10 @@ def _validated(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress
     due = step == 0 or (not last and _due(run.recipe.validation.every, step))
     if not due or progress.validated or not run.accelerator.is_main_process:
         return progress
-    measured = validate(run, folder, metrics, step, progress.base_losses)
-    return replace(progress, history=[*progress.history, {"step": step, **measured}])
+    found = validate(run, folder, metrics, step, Measured(progress.base_losses, progress.base_trained))
+    progress = replace(progress, history=[*progress.history, {"step": step, **found.figures}])
+    best = progress.best
+    return replace(progress, best_losses=found.losses) if best is not None and best["step"] == step else progress
 
 
 def _due(every: int, step: int) -> bool:
@@ -231,7 +282,10 @@ def _last_whole(folder: RunFolder) -> str:
 def _metrics(run: Run, folder: RunFolder, first_step: int) -> Metrics:
     if not run.accelerator.is_main_process:
         return NoMetrics()
-    return Metrics(folder.root, first_step, run.recipe.train.max_steps)
+    if not run.recipe.train.trackers:
+        return Metrics(folder.root, first_step, run.recipe.train.max_steps)
+    start_trackers(run.accelerator, run.recipe)
+    return Metrics(folder.root, first_step, run.recipe.train.max_steps, run.accelerator.log)
 
 
 def _list_skipped(run: Run, folder: RunFolder, metrics: Metrics) -> None:
