@@ -81,7 +81,7 @@ class Metrics:
         """One line of metrics.jsonl; its numbers go to TensorBoard as well."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
-        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        numbers = {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
         for name, value in numbers.items():
             self._board.add_scalar(name, value, step)
         if self._send is not None and numbers:
