@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from lora_kit.training.checkpoint_folder import damage, find_checkpoints, newest_whole
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "scripts" / "train_lora.py")
@@ -38,11 +43,23 @@ ROUNDING = 10 * 100 * torch.finfo(torch.float32).eps
 
 
 def launch(processes: int, recipe: Path, *overrides: str, flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-    several = ("--multi_gpu",) if processes > 1 and "--use_fsdp" not in flags else ()
-    command = [sys.executable, "-m", "accelerate.commands.launch", *several, *flags]
-    command += ["--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
-    command += ["--dynamo_backend", "no", "--main_process_port", "0", SCRIPT, str(recipe), *overrides]
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command(processes, recipe, *overrides, flags=flags),
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def command(processes: int, recipe: Path, *overrides: str, flags: tuple[str, ...] = ()) -> list[str]:
+    """One process is started without the launcher, which would have it take every core."""
+    run = [SCRIPT, str(recipe), *overrides]
+    if processes == 1:
+        return [sys.executable, *run]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *(flags or ("--multi_gpu",))]
+    launcher += ["--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
+    return [*launcher, "--dynamo_backend", "no", "--main_process_port", "0", *run]
 
 
 def well(done: subprocess.CompletedProcess) -> str:
@@ -52,6 +69,12 @@ def well(done: subprocess.CompletedProcess) -> str:
 
 def tensors(run: Path, step: int, name: str = "trainable") -> dict[str, torch.Tensor]:
     return load_file(run / "checkpoints" / f"step-{step:06d}" / f"{name}.safetensors")
+
+
+def weights_of(run: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """The result's files: an adapter and its average, or two model folders."""
+    paths = [path for path in run.rglob("*.safetensors") if "checkpoints" not in path.parts]
+    return {str(path.relative_to(run)): load_file(path) for path in paths}
 
 
 def norm(values: dict[str, torch.Tensor]) -> float:
@@ -94,14 +117,10 @@ def test_ten_steps_of_two_processes_are_those_of_one(recipes, tmp_path, method, 
     said = well(launch(2, recipe, f"output_dir={tmp_path / 'two'}", flags=flags))
     assert "2 processes share each step's pictures" in said
     assert_same_run(one, tmp_path / "two")
-    names = [
-        sorted(str(path.relative_to(run)) for path in run.rglob("*.safetensors")) for run in (one, tmp_path / "two")
-    ]
-    assert names[0] == names[1]
-    for name in names[0]:
-        if not name.startswith("checkpoints"):
-            a, b = load_file(one / name), load_file(tmp_path / "two" / name)
-            assert norm(difference(a, b)) < ROUNDING * norm(a), name
+    results = [weights_of(run) for run in (one, tmp_path / "two")]
+    assert results[0].keys() == results[1].keys()
+    for name, weights in results[0].items():
+        assert norm(difference(weights, results[1][name])) < ROUNDING * norm(weights), name
 
 
 def test_a_sharded_run_goes_on_with_another_number_of_processes(recipes, tmp_path):
@@ -111,3 +130,42 @@ def test_a_sharded_run_goes_on_with_another_number_of_processes(recipes, tmp_pat
     said = well(launch(1, recipe, out, "train.resume=latest"))
     assert "step-000005, after step 5" in said
     assert_same_run(one, tmp_path / "run")
+
+
+STEPS = 4000  # far more than are done before the run is stopped
+
+
+@pytest.mark.parametrize("flags", [(), FSDP], ids=["whole", "sharded"])
+def test_a_rank_that_is_killed_ends_the_run_with_its_message_and_a_whole_checkpoint(recipes, tmp_path, flags):
+    recipe, _ = recipes["lora"]
+    run = tmp_path / "run"
+    overrides = [f"output_dir={run}", f"train.max_steps={STEPS}", "save.every=2", "validation.prompts=[]"]
+    process = subprocess.Popen(
+        command(2, recipe, *overrides, flags=flags), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 240
+    while newest_whole(run / "checkpoints") is None:
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(rank_of(process.pid, 1), signal.SIGKILL)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode != 0
+    assert "Signal 9 (SIGKILL)" in said
+    assert re.search(r"rank +: 1 ", said), said[-3000:]
+    assert "Another process of this launch ended" in said
+    last = newest_whole(run / "checkpoints")
+    assert f"Last good checkpoint: {last}; go on from it with train.resume=latest" in said
+    assert "Traceback" not in said.partition("torch.distributed.elastic")[0].partition("closing signal")[0]
+    assert all(damage(path) == "" for path in find_checkpoints(run / "checkpoints"))
+    step = int(last.name.removeprefix("step-"))
+    told = well(launch(1, recipe, *overrides, f"train.max_steps={step + 1}", "train.resume=latest"))
+    assert f"resumed from {last}" in told
+
+
+def rank_of(launcher: int, rank: int) -> int:
+    """The process of that rank among the launcher's children."""
+    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        if f"RANK={rank}" in Path(f"/proc/{child}/environ").read_text().split("\0"):
+            return int(child)
+    raise AssertionError(f"no process of rank {rank}")
