@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import InitProcessGroupKwargs
 
 from lora_kit.errors import RecipeError, did_you_mean
 from lora_kit.recipe import Recipe, dump_recipe
+from lora_kit.training.launcher import Sharding, take_sharding
+from lora_kit.training.sharding import check_sharding
 
 _PACKAGES = {
     "aim": "aim",
@@ -27,15 +31,38 @@ _PACKAGES = {
 """Accelerate's own trackers and their packages; one that is registered by other code is taken as it is."""
 
 
+class LaunchedAccelerator(Accelerator):
+    """Accelerate's, which also knows whether the launch asked for FSDP."""
+
+    sharding: Sharding | None = None
+
+
+def sharding_of(accelerator: Accelerator) -> Sharding | None:
+    """How networks are to be spread over the processes; None: each has all of them."""
+    return getattr(accelerator, "sharding", None)
+
+
 def build_accelerator(recipe: Recipe) -> Accelerator:
-    """Device, processes and autocast. Raises RecipeError for what the machine cannot do."""
+    """Device, processes and autocast. Raises RecipeError for what the machine cannot do.
+
+    recipe: as `follow_launcher` gives it.
+    """
     if recipe.train.mixed_precision == "fp16" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         raise RecipeError("train.mixed_precision: fp16 needs a GPU and none was found. Use bf16 or no.")
     check_trackers(recipe)
     trackers: Any = recipe.train.trackers or None
-    accelerator = Accelerator(
-        mixed_precision=recipe.train.mixed_precision, log_with=trackers, project_dir=Path(recipe.output_dir) / "logs"
+    sharding = take_sharding()
+    if sharding is not None:
+        check_sharding(recipe)
+    # Processes wait for each other while the first one draws and measures: torch's own limit is ten minutes.
+    wait = InitProcessGroupKwargs(timeout=timedelta(minutes=recipe.train.wait_minutes))
+    accelerator = LaunchedAccelerator(
+        mixed_precision=recipe.train.mixed_precision,
+        kwargs_handlers=[wait],
+        log_with=trackers,
+        project_dir=Path(recipe.output_dir) / "logs",
     )
+    accelerator.sharding = sharding
     if accelerator.num_processes == 1 and _was_to_be_several():
         raise RecipeError(
             "`accelerate launch` was asked for several processes, and started one: with --cpu it starts more only "

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from lora_kit.training.checkpoints import checkpoint_name
 from lora_kit.training.folder import RunFolder
 from lora_kit.training.objective import schedule_facts
 from lora_kit.training.precision import DTYPES
+from lora_kit.training.sharding import placed, whole_network
 
 SAVE_DTYPES = {**DTYPES, "fp32": DTYPES["no"]}
 
@@ -46,7 +48,7 @@ def write_result(run: Run, folder: RunFolder, step: int) -> list[Path]:
         with run.average.final(moving=average):
             if run.is_full:
                 _write_model(run, path)
-            else:
+            elif run.accelerator.is_main_process:
                 _write_adapter(run, path, step, run.average.describe(moving=average))
     return [path for path, _ in places]
 
@@ -58,13 +60,13 @@ def write_best(run: Run, folder: RunFolder, step: int) -> Path:
     """
     checkpoint = folder.checkpoints / checkpoint_name(step)
     saved = load_file(checkpoint / ("ema.safetensors" if run.average.is_moving else "trainable.safetensors"))
-    own = {name: weight.detach().to("cpu", copy=True) for name, weight in run.trainable.items()}
+    own = {name: weight.detach().clone() for name, weight in run.trainable.items()}
     path = folder.model_best if run.is_full else folder.root / f"adapter.best{_suffix(run)}"
     _put(run, saved)
     try:
         if run.is_full:
             _write_model(run, path)
-        else:
+        elif run.accelerator.is_main_process:
             _write_adapter(run, path, step, f"{run.average.describe()}; best by held-out loss")
     finally:
         _put(run, own)
@@ -74,7 +76,7 @@ def write_best(run: Run, folder: RunFolder, step: int) -> Path:
 @torch.no_grad()
 def _put(run: Run, tensors: Mapping[str, Tensor]) -> None:
     for name, weight in run.trainable.items():
-        weight.copy_(tensors[name])
+        weight.copy_(placed(tensors[name], weight))
 
 
 def _suffix(run: Run) -> str:
@@ -143,10 +145,15 @@ def _dtype(run: Run) -> torch.dtype:
 
 
 def _write_model(run: Run, path: Path) -> None:
-    """The whole base with its trained networks, in `save.dtype`, as a diffusers folder."""
+    """The whole base with its trained networks, in `save.dtype`, as a diffusers folder. Every process takes part in
+    gathering sharded networks, and the main one writes."""
+    keeps = run.accelerator.is_main_process
+    networks = {name: whole_network(network, keeps) for name, network in run.bundle.components.items()}
+    if not keeps:
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    pipe = pipeline(run.bundle)
+    pipe = pipeline(replace(run.bundle, **networks))
     pipe.to(dtype=_dtype(run))
     # As read: not with the padding of the last batch.
     pipe.tokenizer.backend_tokenizer.no_padding()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from lora_kit.data import Batch, make_loader
@@ -20,8 +21,9 @@ from lora_kit.training.build import Run, build_run
 from lora_kit.training.checkpoint_folder import mark_best, newest_whole, remove_old
 from lora_kit.training.checkpoints import Progress, checkpoint_name, save_checkpoint
 from lora_kit.training.disk import full_disk_told
-from lora_kit.training.folder import RunFolder, checkpoint_to_resume, prepare_folder
+from lora_kit.training.folder import RunFolder, prepare_folder
 from lora_kit.training.launch import build_accelerator, start_trackers
+from lora_kit.training.launcher import follow_launcher
 from lora_kit.training.max_norm import limit_norms
 from lora_kit.training.measures import Measured, is_over, verdict
 from lora_kit.training.metrics import Metrics, NoMetrics
@@ -29,9 +31,11 @@ from lora_kit.training.optimizers import check_optimizer, set_learning_rate
 from lora_kit.training.result import write_best, write_result
 from lora_kit.training.resume import begin, state_of
 from lora_kit.training.schedules import Rewarm, learning_rate_factor
+from lora_kit.training.shares import common_facts, takes_part, written_by_main
 from lora_kit.training.signals import InterruptedRunError, StopSignals
 from lora_kit.training.statistics import Interval
 from lora_kit.training.step import StepMetrics, training_step
+from lora_kit.training.together import agreed, common_checkpoint, lost_process_told, require_same
 from lora_kit.training.validation import finish, validate
 
 
@@ -90,13 +94,20 @@ def train(recipe: Recipe) -> Outcome:
     Raises LoraKitError for what the user can mend, TrainingError when the run cannot go on, InterruptedRunError after
     a signal, once the step is finished and saved.
     """
+    recipe = follow_launcher(recipe)
     accelerator = build_accelerator(recipe)
-    check_optimizer(recipe, accelerator.device)
     folder = RunFolder(Path(recipe.output_dir))
+    with lost_process_told(accelerator, partial(_last_whole, folder)):
+        return _train_in(folder, recipe, accelerator)
+
+
+def _train_in(folder: RunFolder, recipe: Recipe, accelerator: Accelerator) -> Outcome:
+    check_optimizer(recipe, accelerator.device)
     damaged = prepare_folder(recipe) if accelerator.is_main_process else []
     accelerator.wait_for_everyone()
-    checkpoint = checkpoint_to_resume(recipe)
+    checkpoint = common_checkpoint(accelerator, recipe)
     run = build_run(recipe, accelerator, resumes=checkpoint is not None)
+    require_same(accelerator, common_facts(run))
     progress, notices = begin(run, checkpoint)
     with full_disk_told(folder.root, partial(_last_whole, folder)):
         if run.accelerator.is_main_process:
@@ -115,7 +126,7 @@ def train(recipe: Recipe) -> Outcome:
 
 def _train(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress) -> Outcome:
     recipe = run.recipe
-    loader = make_loader(run.data, recipe, run.accelerator, first_step=progress.step)
+    loader = make_loader(run.data, recipe, run.accelerator, first_step=progress.step, even=run.is_sharded)
     with StopSignals() as signals:
         _link_best(run, folder, progress)  # as the checkpoint knows it, which may be an older one
         # That of step 0, or one that a kill cut off after its checkpoint.
@@ -132,26 +143,27 @@ def _train(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress) ->
             progress = _validated(run, folder, metrics, progress)
             if progress.step == recipe.train.max_steps or _due(recipe.save.every, progress.step):
                 _save(run, folder, progress)
-            elif _is_best(run, progress) and run.accelerator.is_main_process:
+            elif _is_best(run, progress) and takes_part(run):
                 _write_checkpoint(run, folder, progress)
     if _ends_early(run, progress):
         _tell_early_end(run, folder, metrics, progress)
     run.accelerator.wait_for_everyone()
-    if not run.accelerator.is_main_process:
+    if not takes_part(run):
         return Outcome([], {}, is_main=False)
     return _finish(run, folder, metrics, progress)
 
 
 def _finish(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress) -> Outcome:
     paths = write_result(run, folder, progress.step)
-    figures = finish(run, folder, metrics, progress)
+    with written_by_main(run, folder) as place:
+        figures = finish(run, place, metrics, progress)
     if "held_out_loss" in figures:
         entry = {"step": progress.step, "held_out_loss": figures["held_out_loss"]}
         _link_best(run, folder, replace(progress, history=[*progress.history, entry]))
         if run.recipe.save.best and figures["best_step"] != progress.step:
             best = write_best(run, folder, figures["best_step"])
             metrics.say(f"wrote {best}: as it was at step {figures['best_step']}, the best by held-out loss")
-    return Outcome(paths, figures | {"step": progress.step}, is_main=True)
+    return Outcome(paths, figures | {"step": progress.step}, is_main=run.accelerator.is_main_process)
 
 
 def _ends_early(run: Run, progress: Progress) -> bool:
@@ -222,9 +234,12 @@ def _validated(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress
     """The progress with the validation of its step, where one is due and was not done before a resume."""
     step, last = progress.step, progress.step == run.recipe.train.max_steps
     due = step == 0 or (not last and _due(run.recipe.validation.every, step))
-    if not due or progress.validated or not run.accelerator.is_main_process:
+    if not due or progress.validated or not takes_part(run):
         return progress
-    found = validate(run, folder, metrics, step, Measured(progress.base_losses, progress.base_trained))
+    with written_by_main(run, folder) as place:
+        found = validate(run, place, metrics, step, Measured(progress.base_losses, progress.base_trained))
+    if run.is_sharded:  # what is best is decided once
+        found = agreed(run.accelerator, found)
     progress = replace(progress, history=[*progress.history, {"step": step, **found.figures}])
     best = progress.best
     return replace(progress, best_losses=found.losses) if best is not None and best["step"] == step else progress
@@ -240,7 +255,7 @@ def _is_best(run: Run, progress: Progress) -> bool:
 
 
 def _save(run: Run, folder: RunFolder, progress: Progress) -> None:
-    if run.accelerator.is_main_process:
+    if takes_part(run):
         _write_checkpoint(run, folder, progress)
     run.accelerator.wait_for_everyone()
 
@@ -248,7 +263,10 @@ def _save(run: Run, folder: RunFolder, progress: Progress) -> None:
 def _write_checkpoint(run: Run, folder: RunFolder, progress: Progress) -> None:
     path = folder.checkpoints / checkpoint_name(progress.step)
     with full_disk_told(path, partial(_last_whole, folder)):
-        save_checkpoint(folder.checkpoints, progress, state_of(run))
+        writes = run.accelerator.is_main_process
+        save_checkpoint(folder.checkpoints, progress, state_of(run), writes)
+        if not writes:
+            return
         _link_best(run, folder, progress)
         remove_old(folder.checkpoints, progress.step, run.recipe.save.keep)
 
