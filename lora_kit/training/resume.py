@@ -38,6 +38,7 @@ _NOT_TOLD = (
     "train.log_every",
     "train.non_finite",
     "train.max_non_finite",
+    "train.wait_minutes",
 )
 
 

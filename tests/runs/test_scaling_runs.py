@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -43,13 +44,11 @@ ROUNDING = 10 * 100 * torch.finfo(torch.float32).eps
 
 
 def launch(processes: int, recipe: Path, *overrides: str, flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(processes, recipe, *overrides, flags=flags),
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return finished(command(processes, recipe, *overrides, flags=flags))
+
+
+def finished(line: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
 def command(processes: int, recipe: Path, *overrides: str, flags: tuple[str, ...] = ()) -> list[str]:
@@ -135,7 +134,7 @@ def test_a_sharded_run_goes_on_with_another_number_of_processes(recipes, tmp_pat
 STEPS = 4000  # far more than are done before the run is stopped
 
 
-@pytest.mark.parametrize("flags", [(), FSDP], ids=["whole", "sharded"])
+@pytest.mark.parametrize("flags", [(), pytest.param(FSDP, marks=pytest.mark.slow)], ids=["whole", "sharded"])
 def test_a_rank_that_is_killed_ends_the_run_with_its_message_and_a_whole_checkpoint(recipes, tmp_path, flags):
     recipe, _ = recipes["lora"]
     run = tmp_path / "run"
@@ -161,6 +160,71 @@ def test_a_rank_that_is_killed_ends_the_run_with_its_message_and_a_whole_checkpo
     step = int(last.name.removeprefix("step-"))
     told = well(launch(1, recipe, *overrides, f"train.max_steps={step + 1}", "train.resume=latest"))
     assert f"resumed from {last}" in told
+
+
+@pytest.mark.parametrize("flags", [(), pytest.param(FSDP, marks=pytest.mark.slow)], ids=["whole", "sharded"])
+def test_a_signal_to_one_rank_stops_all_of_them_after_one_step_and_saves_it(recipes, tmp_path, flags):
+    recipe, _ = recipes["lora"]
+    run = tmp_path / "run"
+    overrides = [f"output_dir={run}", f"train.max_steps={STEPS}", "save.every=0", "validation.prompts=[]"]
+    process = started(command(2, recipe, *overrides, flags=flags), run / "metrics.jsonl")
+    os.kill(rank_of(process.pid, 1), signal.SIGUSR1)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode != 0
+    assert "SIGUSR1: finishing the step, then saving." in said
+    last = newest_whole(run / "checkpoints")
+    assert f"saved {last}. Go on with train.resume=latest." in said
+    assert "Another process of this launch ended" not in said
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("seed=1", "error: The processes of this launch do not see the same:\n  recipe: process 1 has another"),
+        ("data.sources.0.path=nowhere", "error: process 1 of 2: "),
+    ],
+)
+def test_a_rank_that_sees_something_else_ends_the_run_before_its_first_step(recipes, tmp_path, override, expected):
+    recipe, _ = recipes["lora"]
+    line = command(2, recipe, f"output_dir={tmp_path / 'run'}")
+    at = line.index(SCRIPT)
+    done = finished([*line[:at], str(ROOT / "tests" / "runs" / "one_rank.py"), "1", override, *line[at + 1 :]])
+    assert done.returncode != 0
+    assert expected in done.stderr, done.stderr[-5000:]
+    assert not list((tmp_path / "run").glob("**/*.safetensors"))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "flags"), [("lora", ("--multi_gpu",)), ("full", FSDP)])
+def test_two_machines_of_one_process_each_learn_what_one_process_does(recipes, tmp_path, method, flags):
+    recipe, one = recipes[method]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    lines = []
+    for rank in ("0", "1"):
+        line = command(2, recipe, f"output_dir={tmp_path / 'two'}", flags=flags)
+        line[line.index("--num_machines") + 1] = "2"
+        line[line.index("--main_process_port") + 1] = port
+        at = line.index(SCRIPT)
+        lines.append([*line[:at], "--machine_rank", rank, "--main_process_ip", "127.0.0.1", *line[at:]])
+    both = [subprocess.Popen(line, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) for line in lines]
+    for process in both:
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == 0, said[-5000:]
+    assert_same_run(one, tmp_path / "two")
+
+
+def started(line: list[str], metrics: Path) -> subprocess.Popen[str]:
+    """The launch, once its first steps are done."""
+    process = subprocess.Popen(line, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 240
+    while not (metrics.exists() and '"loss"' in metrics.read_text()):
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return process
 
 
 def rank_of(launcher: int, rank: int) -> int:
