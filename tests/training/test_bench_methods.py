@@ -21,9 +21,7 @@ def methods(monkeypatch):
     return methods
 
 
-def test_the_table_has_a_row_for_each_run_with_the_runs_own_figures(
-    methods, make_recipe, make_picture_folder, tmp_path
-):
+def test_each_run_has_a_row_with_its_own_figures(methods, make_recipe, make_picture_folder, tmp_path):
     other = make_picture_folder(tmp_path / "other", count=3, size=(48, 40))
     held_out = f"validation.held_out={{path: {other}}}"
     drawn = (held_out, "validation.retrieval=true", "train.max_steps=1")
