@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lora_kit.adapters.dropouts import left_out
 from lora_kit.adapters.group_norms import with_gradient
 from lora_kit.adapters.trained_parts import TrainedParts
 from lora_kit.adapters.updates import Update
@@ -62,7 +63,7 @@ class DeltaLayer(nn.Module):
     @property
     def updates(self) -> dict[str, Update]:
         """Adapter → what it does to this module, as it is now."""
-        return self._read | {name: cast(TrainedParts, parts).update() for name, parts in self.trained.items()}
+        return self._read | {name: self._parts(name).update() for name in self.trained}
 
     def add(self, adapter_name: str, update: Update | TrainedParts) -> None:
         """Take the update in, active at strength 1."""
@@ -99,7 +100,7 @@ class DeltaLayer(nn.Module):
         still = {name: scale for name, scale in self.scales.items() if name not in self.trained}
         output = self._with_read(still, args, kwargs) if still else self.base_layer(*args, **kwargs)
         for name, scale in self.scales.items():
-            if name in self.trained:
+            if name in self.trained and not (self.training and left_out(self._parts(name).module_dropout)):
                 output = output + self._by_itself(name, scale, args, kwargs)
         return output
 
@@ -120,9 +121,16 @@ class DeltaLayer(nn.Module):
             alone = {
                 key: totals[key].to(own[key].dtype) if key in totals else torch.zeros_like(own[key]) for key in own
             }
-        dropout = cast(TrainedParts, self.trained[name]).dropout
+        parts = self._parts(name)
+        if parts.rank_dropout and self.training:
+            kept = torch.rand(len(alone["weight"]), device=self.weight.device) >= parts.rank_dropout
+            alone["weight"] = alone["weight"] * kept.view(-1, *(1 for _ in self.weight.shape[1:]))
+        dropout = parts.dropout
         inputs = (nn.functional.dropout(args[0], dropout, self.training), *args[1:]) if dropout else args
         return functional_call(self.base_layer, alone, with_gradient(self.base_layer, inputs), kwargs)
+
+    def _parts(self, name: str) -> TrainedParts:
+        return cast(TrainedParts, self.trained[name])
 
     def _own(self) -> dict[str, Tensor]:
         return {name: weight for name, weight in self.base_layer.named_parameters(recurse=False) if name in PARAMETERS}
@@ -134,6 +142,9 @@ class DeltaLayer(nn.Module):
         for name, scale in scales.items():
             update = updates[name] if name in self.trained else _moved(updates[name], weight.device)
             deltas = update.weight_delta(scale, weight, dtype), update.bias_delta(scale, bias, dtype)
+            away = self._parts(name).taken_away() if name in self.trained else None
+            if away is not None and deltas[0] is not None:
+                deltas = deltas[0] - cast(Tensor, away.weight_delta(scale, weight, dtype)), deltas[1]
             for own, delta in zip(PARAMETERS, deltas, strict=True):
                 if delta is not None:
                     found[own] = found[own] + delta if own in found else delta

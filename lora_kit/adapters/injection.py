@@ -43,7 +43,7 @@ def inject(
         name = target.module.name
         if target.method == "full":
             _thaw(components, name, adapter_name)
-        elif target.method in PEFT_METHODS:
+        elif target.method in PEFT_METHODS and target.init != "pissa":
             put_module(components, name, with_adapter(modules[name], target, adapter_name, seed))
         else:
             put_module(components, name, _with_parts(modules[name], target, adapter_name, seed))

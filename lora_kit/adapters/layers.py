@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, cast
 
@@ -13,6 +11,8 @@ from peft.tuners.lora import Conv2d, Linear, LoraLayer
 from torch import Tensor, nn
 
 from lora_kit.adapters.delta_layer import DeltaLayer
+from lora_kit.adapters.dropouts import add_dropouts
+from lora_kit.adapters.inits import initial_pair
 from lora_kit.targeting import Target, canonical_name
 
 
@@ -72,7 +72,8 @@ def with_adapter(module: nn.Module, target: Target, adapter_name: str, seed: int
     base = base_layer(layer)
     assert isinstance(base, nn.Linear | nn.Conv2d), f"{target.module.name} is a {type(base).__name__}"
     down, up = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-    down.weight, up.weight = _factors(down, up, base.weight.device, f"{seed}:{canonical_name(target.module.name)}")
+    down.weight, up.weight = _factors(down, up, base.weight, target, seed)
+    add_dropouts(down, up, target.rank_dropout, target.module_dropout)
     layer.train(base.training)
     activate(layer, [*was_active, adapter_name])
     return layer
@@ -105,16 +106,11 @@ def _layer(module: nn.Module, config: LoraConfig, adapter_name: str) -> Linear |
     return layer
 
 
-def _factors(down: nn.Module, up: nn.Module, device: torch.device, key: str) -> tuple[nn.Parameter, nn.Parameter]:
-    """fp32 [down, up]: down Kaiming-uniform with a = √5 (PEFT's), up zero.
-
-    Drawn on the CPU from a seed of its own, so that it depends on neither order, device, process nor neighbours.
-    """
+def _factors(down: nn.Module, up: nn.Module, weight: Tensor, target: Target, seed: int) -> tuple[nn.Parameter, ...]:
+    """fp32 [down, up] as `target.init` says, on the weight's device."""
     assert isinstance(down.weight, Tensor)
     assert isinstance(up.weight, Tensor)
-    drawn = torch.empty(down.weight.shape, dtype=torch.float32)
-    digest = hashlib.sha256(key.encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
-    zero = torch.zeros(up.weight.shape, dtype=torch.float32, device=device)
-    return nn.Parameter(drawn.to(device)), nn.Parameter(zero)
+    key = f"{seed}:{canonical_name(target.module.name)}"
+    pair = initial_pair(target.init, target.rank, weight, target.effective_alpha / target.rank, key)
+    made = (pair.down.reshape(down.weight.shape), pair.up.reshape(up.weight.shape))
+    return tuple(nn.Parameter(factor.to(weight.device)) for factor in made)

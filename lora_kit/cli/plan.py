@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ from lora_kit.cli.text import byte_size
 
 if TYPE_CHECKING:
     from lora_kit.cli.plan_facts import Memory, Steps
+    from lora_kit.recipe import Recipe
 
 
 def command(
@@ -31,7 +33,7 @@ def command(
     from lora_kit.models.outline import read_outline
     from lora_kit.recipe.objective import check_against_base
     from lora_kit.targeting import make_plan, plan_table, plan_to_json
-    from lora_kit.training.start import starting_updates
+    from lora_kit.targeting.rates import module_rates
 
     base = read_outline(loaded.model)
     if base.prediction_type is not None:
@@ -39,8 +41,12 @@ def command(
         check_against_base(loaded.objective, loaded.model.base, predicts, base.timesteps or 1000)
     plan = make_plan(loaded.targets, base.tree)
     if loaded.model.adapter:
+        from lora_kit.training.start import starting_updates
+
         path = Path(loaded.model.adapter)
         starting_updates(path, read_raw(path), {module.name: module for module in base.tree}, plan)
+    _check_optimizer(loaded)
+    rates = module_rates(plan, loaded.optimizer)
     data = data_facts(loaded.data)
     held = data.buckets
     length = steps(loaded, data.samples, held.steps if held else None)
@@ -50,6 +56,7 @@ def command(
             "base": loaded.model.base,
             "trainable_parameters": plan.trainable_parameters,
             "plan": plan_to_json(plan),
+            "learning_rates": rates,
             "data": source_json(data.survey),
             "buckets": bucket_json(held) if held else None,
             "steps": length._asdict(),
@@ -64,9 +71,27 @@ def command(
     console.print(source_table(data.survey))
     if held:
         console.print(bucket_table(held))
+    console.print(_rates_line(rates, loaded.optimizer.lr_ratio), soft_wrap=True)
     lines = (*source_lines(data.survey), *(bucket_lines(held) if held else ()))
     for line in (*lines, _steps_line(length), *_memory_lines(bytes_held)):
         console.print(line, markup=False, soft_wrap=True)
+
+
+def _check_optimizer(recipe: Recipe) -> None:
+    """What of it may be wrong beyond the recipe's own checks: a class, its arguments, a package. Without those, torch
+    need not be imported, which takes longer than the rest of a plan. Whether there is a GPU is the run's question."""
+    if recipe.optimizer.known is None or recipe.optimizer.args or recipe.optimizer.name not in ("adamw", "adam", "sgd"):
+        import torch
+
+        from lora_kit.training.optimizers import check_optimizer
+
+        check_optimizer(recipe, torch.device("cuda"))
+
+
+def _rates_line(rates: dict[str, float], ratio: float | None) -> str:
+    counts = Counter(rates.values())
+    listed = ", ".join(f"{rate:g} ({count} modules)" for rate, count in sorted(counts.items(), reverse=True))
+    return f"learning rates: {listed}" + (f"; up matrices × {ratio:g}" if ratio else "")
 
 
 def _steps_line(length: Steps) -> str:

@@ -28,6 +28,7 @@ def recipe_problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _targets_of_sources(recipe)
     yield from _prediction(recipe)
     yield from _begins_at_adapter(recipe)
+    yield from _begins_twice(recipe)
     yield from _layout(recipe)
 
 
@@ -127,6 +128,15 @@ def _begins_at_adapter(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(("model", "adapter"), f"{said}, or train an adapter.")
 
 
+def _begins_twice(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.model.adapter is None:
+        return
+    for path, rule in _placed_rules(recipe):
+        if rule.init != "default":
+            said = f"`init: {rule.init}` beside `model.adapter`, at whose weights training begins: keep one of them."
+            yield Problem((*path, "init"), said)
+
+
 def _layout(recipe: Recipe) -> Iterator[Problem]:
     """What the file's layout cannot hold is told now, not after the run."""
     methods, layout = _methods(recipe), recipe.save.format
@@ -157,10 +167,13 @@ def _targets_of_sources(recipe: Recipe) -> Iterator[Problem]:
 
 def _validation(recipe: Recipe) -> Iterator[Problem]:
     held_out = recipe.validation.held_out
+    if recipe.validation.retrieval and not recipe.validation.measures:
+        said = "`retrieval: true` needs `validation.held_out`: captions to draw and pictures to compare with."
+        yield Problem(("validation", "retrieval"), said)
+    for name in sorted(recipe.train.tracker_options.keys() - set(recipe.train.trackers)):
+        said = f"options of `{name}`, which `train.trackers` does not name; add it there, or remove them."
+        yield Problem(("train", "tracker_options", name), said)
     if held_out is None:
-        if recipe.validation.retrieval:
-            said = "`retrieval: true` needs `validation.held_out`: captions to draw and pictures to compare with."
-            yield Problem(("validation", "retrieval"), said)
         return
     said = side_problem(recipe.data.buckets, held_out.resolution or recipe.data.resolution)
     if said:

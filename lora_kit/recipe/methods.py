@@ -22,6 +22,10 @@ _TAKERS: dict[str, tuple[str, ...]] = {
     "block_size": ("oft", "boft"),
     "stages": ("boft",),
     "only": ("diff",),
+    "init": WITH_UP_AND_DOWN,
+    "rank_dropout": ("lora", "rslora", "loha", "lokr"),
+    "module_dropout": (*_WITH_RANK, "oft", "boft", "diff"),
+    "max_norm": ("lora", "rslora", "loha", "lokr", "diff"),
 }
 """Key → the methods that it means something to."""
 
@@ -51,6 +55,19 @@ class MethodSection(Section):
     freely, and costs memory in proportion."""
     stages: Positive = 2
     """`boft`: butterfly stages; each mixes outputs twice as far apart as the one before."""
+    init: Literal["default", "gaussian", "orthogonal", "pissa"] = "default"
+    """How `lora`, `rslora` and `dora` begin. `default`: down Kaiming-uniform, up zero. `gaussian`: down normal with
+    deviation 1 / rank. `orthogonal`: both drawn, in directions whose product is zero; an even rank. `pissa`: at the
+    weight's principal singular vectors (Meng et al. 2024), which the adapter takes away again, so that the base
+    stays the base: the file has twice the rank. Not for `dora`."""
+    rank_dropout: Decay = 0.0
+    """Probability of leaving out, while training, each of the r directions for a sample, the rest scaled up
+    (`lora`, `rslora`; as sd-scripts), or each output of ΔW, without scaling (`loha`, `lokr`; as LyCORIS)."""
+    module_dropout: Decay = 0.0
+    """Probability of leaving the whole module's update out of a forward pass while training."""
+    max_norm: Annotated[float, Field(gt=0)] | None = None
+    """After each step, an update whose Frobenius norm is larger is scaled down to it (sd-scripts'
+    `scale_weight_norms`, where 1 is usual)."""
     only: Literal["all", "weight", "bias"] = "all"
     """`diff`: train the weight's difference, the bias's, or both. With `bias`, modules without one are not picked."""
     lr_scale: Annotated[float, Field(gt=0)] = 1.0
@@ -59,7 +76,7 @@ class MethodSection(Section):
     @model_validator(mode="after")
     def _settings_of_the_method(self) -> MethodSection:
         if not getattr(self, "exclude", False):
-            refuse(type(self).__name__, _foreign(self))
+            refuse(type(self).__name__, [*_foreign(self), *_no_such_init(self)])
         return self
 
 
@@ -70,3 +87,13 @@ def _foreign(section: MethodSection) -> Iterator[Problem]:
             allowed = ", ".join(methods)
             why = f"does nothing with `method: {section.method}`; it is for {allowed}. Remove it, or change the method."
             yield from idle(section, (key,), why)
+
+
+def _no_such_init(section: MethodSection) -> Iterator[Problem]:
+    if section.init == "orthogonal" and section.rank % 2:
+        yield Problem(("rank",), f"got {section.rank}; `init: orthogonal` takes an even rank, two halves.")
+    if section.init == "pissa" and section.method == "dora":
+        yield Problem(("init",), "`pissa` takes part of the weight's direction away, which `dora` turns; use `lora`.")
+    if section.init == "pissa" and section.max_norm is not None:
+        said = "would scale down what `init: pissa` adds, but not what it takes away; remove one of the two."
+        yield Problem(("max_norm",), said)

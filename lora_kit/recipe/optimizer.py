@@ -76,6 +76,9 @@ class OptimizerSection(Section):
     lr_ratio: Annotated[float, Field(gt=0)] | None = None
     """LoRA+ (Hayou et al. 2024): the up matrices' rate over the down matrices', which have the rate above. The paper's
     choice is 16, with `lr` a few times lower than without. Default: both the same."""
+    block_lr: dict[str, Annotated[float, Field(gt=0)]] = Field(default={})
+    """Factors on the rates by glob over the trained modules, such as `{"unet.down_blocks.**": 0.5}`; the last that
+    matches a module counts."""
     betas: Annotated[tuple[Decay, Decay], Field(strict=False)] | None = None
     """Decay of the first and second moments. Default: the optimizer's own, 0.9 and 0.999 in AdamW."""
     weight_decay: Annotated[float, Field(ge=0)] | None = None

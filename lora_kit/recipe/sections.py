@@ -5,7 +5,7 @@ This module imports no torch: a recipe is checked before anything heavy is loade
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -31,6 +31,7 @@ from lora_kit.recipe.save import SaveSection
 from lora_kit.recipe.schedule import ScheduleSection
 from lora_kit.recipe.sources import Alpha, SourceSection, weight_problems
 from lora_kit.recipe.timesteps import TimestepSection
+from lora_kit.recipe.validation import ValidationSection
 
 __all__ = [
     "BucketSection",
@@ -147,37 +148,16 @@ class TrainSection(Section):
     """With `non_finite: skip`: stop after more than this many such steps in a row."""
     log_every: Positive = 10
     """Optimizer steps between lines of metrics.jsonl."""
+    trackers: list[str] = Field(default=[])
+    """Where the same figures go, beside metrics.jsonl and TensorBoard: any tracker of Accelerate's by name, such as
+    `wandb`, `mlflow` or `aim`. Its package must be installed. One run of a project named after `output_dir`."""
+    tracker_options: dict[str, dict[str, Any]] = Field(default={})
+    """Tracker → arguments of its start, such as `{wandb: {entity: me, name: first try}}`."""
     resume: PathText | None = None
     """`latest`: go on from the newest whole checkpoint of `output_dir`, or begin if there is none. Or a
     checkpoint's folder."""
     overwrite: bool = False
     """Remove what an earlier run left in `output_dir` and begin anew. Without it such a folder is refused."""
-
-
-class ValidationSection(Section):
-    """Pictures and held-out loss while training, and the figures at its end."""
-
-    prompts: list[str] = Field(default=[])
-    """Prompts drawn at step 0, every `every` steps, and in the final grid."""
-    negative_prompt: str = ""
-    """Negative prompt of all validation pictures."""
-    every: NonNegative = 100
-    """Optimizer steps between validations. 0: only at step 0 and at the end."""
-    seed: NonNegative = 0
-    """Seed of all validation pictures and of the held-out noise."""
-    steps: Positive = 25
-    """Sampler steps."""
-    guidance: Annotated[float, Field(ge=0)] = 7.5
-    """Classifier-free guidance scale; 1 or less turns it off."""
-    strengths: list[float] = Field(default=[0.0, 0.5, 1.0], min_length=1)
-    """Adapter strengths of samples/final_grid.png, left to right."""
-    held_out: SourceSection | None = None
-    """Pictures that are not trained on: their loss is reported as the paired difference to the base."""
-    held_out_timesteps: Positive = 4
-    """Stratified timesteps per held-out picture."""
-    retrieval: bool = False
-    """At the end, draw every held-out caption at strength 0 and 1 and report style (mean saturation) and
-    subject (is the picture's nearest held-out picture its own, top-1 and top-5) figures."""
 
 
 class Recipe(Section):

@@ -38,6 +38,11 @@ class Target(NamedTuple):
     """BOFT's."""
     only: str = "all"
     """What of the module `diff` trains."""
+    init: str = "default"
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    max_norm: float | None = None
+    """Frobenius norm that ΔW may have; None: any."""
 
     @property
     def effective_alpha(self) -> float:

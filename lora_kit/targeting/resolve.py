@@ -102,14 +102,19 @@ def _impossible(planned: Sequence[Target]) -> Iterator[str]:
 
 
 def _target(module: ModuleInfo, number: int, rule: TargetRule) -> Target:
-    if rule.method in ("full", "diff", "oft", "boft"):
-        plain = Target(module, number, rule.method, 0, 0.0, 0.0, rule.lr_scale)
-        if rule.method == "diff":
+    plain = Target(module, number, rule.method, 0, 0.0, 0.0, rule.lr_scale, max_norm=rule.max_norm)
+    plain = plain._replace(module_dropout=rule.module_dropout, rank_dropout=rule.rank_dropout)
+    match rule.method:
+        case "full":
+            return plain
+        case "diff":
             return plain._replace(only=rule.only)
-        return plain if rule.method == "full" else plain._replace(block_size=rule.block_size, stages=rule.stages)
-    default = math.sqrt(rule.rank) if rule.method == "rslora" else float(rule.rank)
-    alpha = default if rule.alpha is None else rule.alpha
-    return Target(module, number, rule.method, rule.rank, alpha, rule.dropout, rule.lr_scale, rule.factor)
+        case "oft" | "boft":
+            return plain._replace(block_size=rule.block_size, stages=rule.stages)
+        case _:
+            default = math.sqrt(rule.rank) if rule.method == "rslora" else float(rule.rank)
+            alpha = default if rule.alpha is None else rule.alpha
+            return plain._replace(rank=rule.rank, alpha=alpha, dropout=rule.dropout, factor=rule.factor, init=rule.init)
 
 
 def _sums(tree: Sequence[ModuleInfo]) -> dict[str, int]:

@@ -62,6 +62,14 @@ def _given(target: Target) -> str:
         said.append(f"alpha {target.alpha:g}")
     if target.dropout:
         said.append(f"dropout {target.dropout:g}")
+    if target.init != "default":
+        said.append(f"init {target.init}")
+    if target.rank_dropout:
+        said.append(f"rank dropout {target.rank_dropout:g}")
+    if target.module_dropout:
+        said.append(f"module dropout {target.module_dropout:g}")
+    if target.max_norm is not None:
+        said.append(f"norm ≤ {target.max_norm:g}")
     if target.lr_scale != 1:
         said.append(f"lr × {target.lr_scale:g}")
     return ", ".join(said)

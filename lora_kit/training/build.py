@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from lora_kit.adapters import Update, inject, read_raw, trainable_parameters
 from lora_kit.adapters.state import adaptable_modules
 from lora_kit.data import Flaw, TrainingSet
 from lora_kit.data.records import name_some
+from lora_kit.data.split import some_of
 from lora_kit.models import ModelBundle, base_hash, load_bundle
 from lora_kit.progress import no_progress, progress
 from lora_kit.recipe import Recipe
@@ -22,6 +24,7 @@ from lora_kit.training.conditions import Conditions
 from lora_kit.training.ema import WeightAverage
 from lora_kit.training.held_out import HeldOut
 from lora_kit.training.launch import sharding_of
+from lora_kit.training.max_norm import Limited, limited_modules
 from lora_kit.training.objective import adopt_schedule, build_objective, objective_notices
 from lora_kit.training.optimizers import build_optimizer, parameter_groups, up_matrices
 from lora_kit.training.precision import base_dtype
@@ -52,6 +55,8 @@ class Run(NamedTuple):
     """Of the untrained networks; empty for a full fine-tune, whose result is a whole model."""
     start: dict[str, Update] | None = None
     """What of `model.adapter` is to be put in before the first step; None: nothing."""
+    limited: Sequence[Limited] = ()
+    """Modules whose updates are kept below a norm."""
 
     @property
     def data(self) -> TrainingSet:
@@ -63,6 +68,15 @@ class Run(NamedTuple):
         """What is measured on, and how."""
         section, pictures = self.recipe.validation, self.prepared.held_out
         return HeldOut(pictures, section.held_out_timesteps, section.seed) if pictures is not None else None
+
+    @property
+    def measured_training(self) -> HeldOut | None:
+        """Training pictures that are measured like the held-out ones."""
+        held_out, section = self.held_out, self.recipe.validation
+        if held_out is None or not section.train_subset:
+            return None
+        records = some_of(self.data.records, min(section.train_subset, held_out.pictures.record_count))
+        return held_out._replace(pictures=self.data, records=records) if records else None
 
     @property
     def skipped(self) -> list[Flaw]:
@@ -134,7 +148,8 @@ def build_run(recipe: Recipe, accelerator: Accelerator, resumes: bool = False) -
         seed=recipe.seed,
     )
     average = WeightAverage(trainable, recipe.train, learner.optimizer.optimizer)
-    return Run(recipe, accelerator, bundle, plan, data, trainable, average, learner, hashed, start)
+    limited = limited_modules(plan, by_module)
+    return Run(recipe, accelerator, bundle, plan, data, trainable, average, learner, hashed, start, limited)
 
 
 def make_trainable(recipe: Recipe, bundle: ModelBundle, plan: TargetPlan) -> None:

@@ -33,8 +33,8 @@ class Progress:
     """Optimizer steps done; all of them are whole, a step that was cut off is done again."""
     plan: dict[str, Any]
     """The plan as JSON: a checkpoint fits only the plan it was made with."""
-    base_losses: list[float]
-    """Held-out losses of the untrained base."""
+    base_losses: list[list[float]]
+    """The untrained base's losses of the held-out pictures, at each of their timesteps."""
     data: str = ""
     """The training set's fingerprint."""
     base_hash: str = ""
@@ -43,6 +43,10 @@ class Progress:
     """The recipe as JSON, for telling what changed."""
     history: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
     """Validations done: {"step": …, and its figures if there is a held-out set}."""
+    base_trained: list[list[float]] = field(default_factory=list[list[float]])
+    """The same of the training pictures that are measured like them."""
+    best_losses: list[float] = field(default_factory=list[float])
+    """Held-out losses, picture by picture, of the best validation."""
     skipped_in_row: int = 0
     """Steps just before this that were left out as not finite (`train.non_finite: skip`)."""
     rewarm: tuple[int, int] = (0, 0)
@@ -127,6 +131,9 @@ def load_checkpoint(path: Path, plan: dict[str, Any], base_hash: str, state: Sta
     restore_optimizer(state.optimizer, moments, document["optimizer"])
     if state.scaler is not None and document["scaler"]:
         state.scaler.load_state_dict(document["scaler"])
+    lacking = [entry.name for entry in fields(Progress) if entry.name not in document]
+    if lacking:
+        raise TrainingError(f"{path} is of an older lora_kit (it has no {', '.join(lacking)}). Begin a new run.")
     known: dict[str, Any] = {entry.name: document[entry.name] for entry in fields(Progress)}
     known["rewarm"] = tuple(known["rewarm"])
     return Progress(**known)

@@ -16,6 +16,9 @@ OURS = (
     "adapter.ema.safetensors",
     "adapter",
     "adapter.ema",
+    "adapter.best.safetensors",
+    "adapter.best",
+    "model_best",
     "model",
     "model_ema",
     "recipe.yaml",
@@ -51,6 +54,11 @@ class RunFolder(NamedTuple):
     def model_average(self) -> Path:
         """Its moving average, where the recipe keeps one."""
         return self.root / "model_ema"
+
+    @property
+    def model_best(self) -> Path:
+        """The model of the best checkpoint, where that is not the last."""
+        return self.root / "model_best"
 
     @property
     def skipped(self) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, cast
 
@@ -25,26 +24,17 @@ class HeldOut(NamedTuple):
     pictures: TrainingSet
     timesteps_per_picture: int
     seed: int
-
-
-class PairedDifference(NamedTuple):
-    """Held-out loss against the base's on the same draws."""
-
-    loss: float
-    base: float
-    difference: float
-    """Mean over pictures of (loss - base's loss): negative is better than the base."""
-    standard_error: float
-    """Of the difference, over pictures."""
+    records: tuple[int, ...] | None = None
+    """Which of the pictures; None: all."""
 
 
 @torch.no_grad()
 def held_out_losses(
     held_out: HeldOut, objective: Objective, bundle: ModelBundle, conditions: Conditions
-) -> list[float]:
-    """Mean loss of each held-out picture over its timesteps."""
-    found: dict[int, float] = {}
-    for indices in _batches(held_out.pictures):
+) -> list[list[float]]:
+    """Each picture's loss at each of its timesteps, from low to high ones."""
+    found: dict[int, list[float]] = {}
+    for indices in _batches(held_out):
         samples = [held_out.pictures.plain(index) for index in indices]
         batch = cast(Batch, send_to_device(collate(samples), bundle.device))
         moments = latent_moments(bundle, batch)
@@ -55,22 +45,19 @@ def held_out_losses(
             noised = noised_latents(objective, bundle, moments, _nth(draws, k))
             wanted = wanted_prediction(bundle, noised)
             losses.append(sample_losses(objective, bundle, noised, condition, wanted, batch.masks))
-        found |= zip(indices, torch.stack(losses).mean(0).tolist(), strict=True)
-    return [found[record] for record in range(len(found))]
+        found |= zip(indices, torch.stack(losses, dim=1).tolist(), strict=True)
+    return [found[record] for record in sorted(found)]
 
 
-def paired_difference(losses: Sequence[float], base: Sequence[float]) -> PairedDifference:
-    """The mean paired difference and its standard error (sample deviation / √n)."""
-    pairs = torch.tensor([losses, base], dtype=torch.float64)
-    difference = pairs[0] - pairs[1]
-    error = float(difference.std() / math.sqrt(len(losses))) if len(losses) > 1 else math.nan
-    return PairedDifference(float(pairs[0].mean()), float(pairs[1].mean()), float(difference.mean()), error)
+def band_count(timesteps: int) -> int:
+    """Into how many equal parts of the schedule the stratified draws of a picture can be told apart; at most 4."""
+    return next(count for count in (4, 3, 2, 1) if timesteps % count == 0)
 
 
-def _batches(pictures: TrainingSet) -> Iterator[list[int]]:
+def _batches(held_out: HeldOut) -> Iterator[list[int]]:
     """Records of one size together, at most BATCH of them."""
-    by_size: dict[Size, list[int]] = {}
-    for record in range(pictures.record_count):
+    pictures, by_size = held_out.pictures, dict[Size, list[int]]()
+    for record in range(pictures.record_count) if held_out.records is None else held_out.records:
         by_size.setdefault(pictures.places.sizes_of(record)[0], []).append(record)
     for records in by_size.values():
         yield from (records[start : start + BATCH] for start in range(0, len(records), BATCH))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -15,6 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lora_kit.files import write_text
 
+Send = Callable[[dict[str, float], int], None]
+
 
 class Metrics:
     """A line per logged step in metrics.jsonl, the same numbers in TensorBoard, and a bar on stderr.
@@ -23,9 +26,11 @@ class Metrics:
     since they are about to be run again.
     """
 
-    def __init__(self, folder: Path, first_step: int, max_steps: int) -> None:
+    def __init__(self, folder: Path, first_step: int, max_steps: int, send: Send | None = None) -> None:
+        """send: called with the same numbers and their step, for other trackers."""
         from torch.utils.tensorboard import SummaryWriter
 
+        self._send = send
         self.path = folder / "metrics.jsonl"
         _keep_lines_until(self.path, first_step)
         self._file: TextIO = self.path.open("a", encoding="utf-8")
@@ -76,9 +81,11 @@ class Metrics:
         """One line of metrics.jsonl; its numbers go to TensorBoard as well."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(name, value, step)
+        numbers = {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
+        for name, value in numbers.items():
+            self._board.add_scalar(name, value, step)
+        if self._send is not None and numbers:
+            self._send(numbers, step)
 
     def picture(self, name: str, image: Image.Image, step: int) -> None:
         """A picture to TensorBoard."""

@@ -16,10 +16,10 @@ from lora_kit.errors import RecipeError, did_you_mean
 from lora_kit.recipe import OptimizerSection, Recipe
 from lora_kit.recipe.optimizer import OPTIMIZERS
 from lora_kit.targeting import TargetPlan
+from lora_kit.targeting.rates import module_rates
 from lora_kit.training.one_rate import OneRateEach
 from lora_kit.training.sharding import is_sharded
 
-TEXT_ENCODER_SHARE = 0.5  # of the UNet's rate, sd-scripts users' habit: the text encoder overfits first
 _FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
 
 
@@ -34,11 +34,11 @@ def parameter_groups(
     ups: the up matrices among them, which `lr_ratio` is for. Each group keeps its peak rate as `peak_lr`;
     `set_learning_rate` scales from there.
     """
-    text_encoder_lr = rate_of_text_encoder(section)
+    rates = module_rates(plan, section)
     is_up = {id(parameter) for parameter in ups}
     groups: dict[float, dict[str, Any]] = {}
     for item in plan.targets:
-        rate = (text_encoder_lr if item.module.component == "text_encoder" else section.lr) * item.lr_scale
+        rate = rates[item.module.name]
         for parameter in trainable[item.module.name]:
             own = rate * (section.lr_ratio or 1.0) if id(parameter) in is_up else rate
             group = groups.setdefault(own, {"params": [], "lr": own, "peak_lr": own})
@@ -49,11 +49,6 @@ def parameter_groups(
 def up_matrices(trainable: Mapping[str, nn.Parameter]) -> list[nn.Parameter]:
     """LoRA's, rsLoRA's and DoRA's up factors (B in Hu et al. 2021) among the trainable parameters by dotted name."""
     return [parameter for name, parameter in trainable.items() if ".lora_B." in name or name.endswith(".up")]
-
-
-def rate_of_text_encoder(section: OptimizerSection) -> float:
-    """`text_encoder_lr`, or its share of `lr`."""
-    return section.text_encoder_lr or section.lr * TEXT_ENCODER_SHARE
 
 
 def check_optimizer(recipe: Recipe, device: torch.device) -> None:

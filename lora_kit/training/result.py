@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from lora_kit.adapters import (
     AdapterState,
@@ -22,12 +25,13 @@ from lora_kit.adapters import (
 from lora_kit.files import sync_folder, sync_tree
 from lora_kit.models import pipeline
 from lora_kit.targeting import plan_to_json
+from lora_kit.targeting.rates import rate_of_text_encoder
 from lora_kit.training.build import ADAPTER, Run
+from lora_kit.training.checkpoints import checkpoint_name
 from lora_kit.training.folder import RunFolder
 from lora_kit.training.objective import schedule_facts
-from lora_kit.training.optimizers import rate_of_text_encoder
 from lora_kit.training.precision import DTYPES
-from lora_kit.training.sharding import whole_network
+from lora_kit.training.sharding import placed, whole_network
 
 SAVE_DTYPES = {**DTYPES, "fp32": DTYPES["no"]}
 
@@ -38,9 +42,8 @@ def write_result(run: Run, folder: RunFolder, step: int) -> list[Path]:
     if run.is_full:
         places = [(folder.model, False), *([(folder.model_average, True)] if moving else [])]
     else:
-        suffix = "" if run.recipe.save.format == "peft" else ".safetensors"
         names = [("adapter", False), *([("adapter.ema", True)] if moving else [])]
-        places = [(folder.root / f"{name}{suffix}", average) for name, average in names]
+        places = [(folder.root / f"{name}{_suffix(run)}", average) for name, average in names]
     for path, average in places:
         with run.average.final(moving=average):
             if run.is_full:
@@ -48,6 +51,36 @@ def write_result(run: Run, folder: RunFolder, step: int) -> list[Path]:
             elif run.accelerator.is_main_process:
                 _write_adapter(run, path, step, run.average.describe(moving=average))
     return [path for path, _ in places]
+
+
+def write_best(run: Run, folder: RunFolder, step: int) -> Path:
+    """Write the weights of a checkpoint that is there beside the result; the run's own weights stay.
+
+    What validation measured is written: the moving average, where the recipe keeps one.
+    """
+    checkpoint = folder.checkpoints / checkpoint_name(step)
+    saved = load_file(checkpoint / ("ema.safetensors" if run.average.is_moving else "trainable.safetensors"))
+    own = {name: weight.detach().clone() for name, weight in run.trainable.items()}
+    path = folder.model_best if run.is_full else folder.root / f"adapter.best{_suffix(run)}"
+    _put(run, saved)
+    try:
+        if run.is_full:
+            _write_model(run, path)
+        elif run.accelerator.is_main_process:
+            _write_adapter(run, path, step, f"{run.average.describe()}; best by held-out loss")
+    finally:
+        _put(run, own)
+    return path
+
+
+@torch.no_grad()
+def _put(run: Run, tensors: Mapping[str, Tensor]) -> None:
+    for name, weight in run.trainable.items():
+        weight.copy_(placed(tensors[name], weight))
+
+
+def _suffix(run: Run) -> str:
+    return "" if run.recipe.save.format == "peft" else ".safetensors"
 
 
 def training_facts(run: Run, step: int) -> TrainingFacts:

@@ -59,7 +59,9 @@ def begin(run: Run, checkpoint: Path | None) -> Start:
     """Load the checkpoint into the run, or measure the base. Raises TrainingError, RecipeError if they do not fit."""
     plan, recipe = plan_to_json(run.plan), run.recipe.model_dump(mode="json")
     if checkpoint is None:
-        progress = Progress(0, plan, measure_base(run), run.data.fingerprint, run.base_hash, recipe)
+        base = measure_base(run)
+        progress = Progress(0, plan, base.held_out, run.data.fingerprint, run.base_hash, recipe)
+        progress = replace(progress, base_trained=base.trained)
         return Start(progress, _begin_at_file(run))  # after the base was measured
     progress = load_checkpoint(checkpoint, plan, run.base_hash, state_of(run))
     if progress.step > run.recipe.train.max_steps:

@@ -7,9 +7,11 @@ import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from lora_kit.data import Batch, make_loader
 from lora_kit.errors import LoraKitError, TrainingError
@@ -20,15 +22,18 @@ from lora_kit.training.checkpoint_folder import mark_best, newest_whole, remove_
 from lora_kit.training.checkpoints import Progress, checkpoint_name, save_checkpoint
 from lora_kit.training.disk import full_disk_told
 from lora_kit.training.folder import RunFolder, prepare_folder
-from lora_kit.training.launch import build_accelerator
+from lora_kit.training.launch import build_accelerator, start_trackers
 from lora_kit.training.launcher import follow_launcher
+from lora_kit.training.max_norm import limit_norms
+from lora_kit.training.measures import Measured, is_over, verdict
 from lora_kit.training.metrics import Metrics, NoMetrics
 from lora_kit.training.optimizers import check_optimizer, set_learning_rate
-from lora_kit.training.result import write_result
+from lora_kit.training.result import write_best, write_result
 from lora_kit.training.resume import begin, state_of
 from lora_kit.training.schedules import Rewarm, learning_rate_factor
 from lora_kit.training.shares import common_facts, takes_part, written_by_main
 from lora_kit.training.signals import InterruptedRunError, StopSignals
+from lora_kit.training.statistics import Interval
 from lora_kit.training.step import StepMetrics, training_step
 from lora_kit.training.together import agreed, common_checkpoint, lost_process_told, require_same
 from lora_kit.training.validation import finish, validate
@@ -56,11 +61,7 @@ class Outcome(NamedTuple):
         if len(self.paths) > 1:
             lines[0] += ": the weights as trained"
             lines[1] += f": their {f['weights']}; validation measured and drew these"
-        if "held_out_loss" in f:
-            lines.append(
-                f"held-out loss {f['held_out_loss']:.4f}, base {f['held_out_base_loss']:.4f}, paired difference "
-                f"{f['held_out_difference']:+.4f} ± {f['held_out_standard_error']:.4f}"
-            )
+        lines += _held_out_lines(f)
         for strength in ("0", "1"):
             if f"top1_at_{strength}" in f:
                 lines.append(
@@ -69,6 +70,22 @@ class Outcome(NamedTuple):
                     f"among the nearest five for {f[f'top5_at_{strength}']:.1%} (chance {f['chance_top1']:.1%})"
                 )
         return lines
+
+
+def _held_out_lines(f: dict[str, Any]) -> list[str]:
+    if "held_out_loss" not in f:
+        return []
+    lines = [
+        f"held-out loss {f['held_out_loss']:.4f}, base {f['held_out_base_loss']:.4f}, paired difference "
+        f"{f['held_out_difference']:+.4f} ± {f['held_out_interval']:.4f} (95 %)"
+    ]
+    if "gap" in f:
+        lines.append(
+            f"training pictures, measured alike: difference {f['trained_difference']:+.4f}; gap "
+            f"{f['gap']:+.4f} ± {f['gap_interval']:.4f} (95 %)"
+        )
+    against = Interval(f.get("last_minus_best", 0.0), 0.0, f.get("last_minus_best_interval", 0.0))
+    return [*lines, verdict(f["step"], f["best_step"], against)]
 
 
 def train(recipe: Recipe) -> Outcome:
@@ -103,6 +120,8 @@ def _train_in(folder: RunFolder, recipe: Recipe, accelerator: Accelerator) -> Ou
                 return _train(run, folder, metrics, progress)
             finally:
                 _list_skipped(run, folder, metrics)
+                if recipe.train.trackers and run.accelerator.is_main_process:
+                    run.accelerator.end_training()
 
 
 def _train(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress) -> Outcome:
@@ -113,6 +132,8 @@ def _train(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress) ->
         # That of step 0, or one that a kill cut off after its checkpoint.
         progress = _validated(run, folder, metrics, progress)
         for step, batches in enumerate(loader, start=progress.step):
+            if _ends_early(run, progress):
+                break
             done = _step(run, folder, metrics, batches, progress, stop=signals.number is not None)
             row = progress.skipped_in_row + 1 if done.problem else 0
             progress = replace(progress, step=step + 1, skipped_in_row=row)
@@ -124,6 +145,8 @@ def _train(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress) ->
                 _save(run, folder, progress)
             elif _is_best(run, progress) and takes_part(run):
                 _write_checkpoint(run, folder, progress)
+    if _ends_early(run, progress):
+        _tell_early_end(run, folder, metrics, progress)
     run.accelerator.wait_for_everyone()
     if not takes_part(run):
         return Outcome([], {}, is_main=False)
@@ -133,11 +156,37 @@ def _train(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress) ->
 def _finish(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress) -> Outcome:
     paths = write_result(run, folder, progress.step)
     with written_by_main(run, folder) as place:
-        figures = finish(run, place, metrics, progress.base_losses)
+        figures = finish(run, place, metrics, progress)
     if "held_out_loss" in figures:
         entry = {"step": progress.step, "held_out_loss": figures["held_out_loss"]}
         _link_best(run, folder, replace(progress, history=[*progress.history, entry]))
-    return Outcome(paths, figures, is_main=run.accelerator.is_main_process)
+        if run.recipe.save.best and figures["best_step"] != progress.step:
+            best = write_best(run, folder, figures["best_step"])
+            metrics.say(f"wrote {best}: as it was at step {figures['best_step']}, the best by held-out loss")
+    return Outcome(paths, figures | {"step": progress.step}, is_main=run.accelerator.is_main_process)
+
+
+def _ends_early(run: Run, progress: Progress) -> bool:
+    """Whether the held-out loss ends the run here. The main process measured it, and tells the others."""
+    rule = run.recipe.validation.early_stop
+    if rule is None or progress.step == run.recipe.train.max_steps or not _due_here(run, progress.step):
+        return False
+    over = torch.tensor(float(run.accelerator.is_main_process and is_over(progress.history, rule)))
+    return float(cast(Tensor, run.accelerator.reduce(over.to(run.accelerator.device), "sum"))) > 0
+
+
+def _due_here(run: Run, step: int) -> bool:
+    return _due(run.recipe.validation.every, step)
+
+
+def _tell_early_end(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress) -> None:
+    rule = run.recipe.validation.early_stop
+    assert rule is not None
+    metrics.say(
+        f"ends after step {progress.step} of {run.recipe.train.max_steps}: {rule.patience} validations without a lower "
+        "held-out loss (validation.early_stop)."
+    )
+    _save(run, folder, progress)
 
 
 def _step(
@@ -154,13 +203,17 @@ def _step(
         return done
     if done.overflowed:
         metrics.log(step + 1, {"skipped": "fp16 gradients overflowed; the loss scale is halved"})
-    else:
+    norms = None
+    if not done.overflowed:
+        norms = limit_norms(run.limited)
         run.average.update()
     if _due(recipe.train.log_every, step + 1) or step + 1 == recipe.train.max_steps:
         values = {"loss": done.loss, "lr": recipe.optimizer.lr * factor, "grad_norm": done.grad_norm}
         estimate = run.learner.optimizer.param_groups[0].get("d")
         if isinstance(estimate, float):  # Prodigy's: the step it takes is lr × this
             values["prodigy_d"] = estimate
+        if norms is not None:
+            values |= {"norms_limited": float(norms.scaled), "mean_norm": float(norms.mean)}
         metrics.log_step(step + 1, run.data.order.mean_batch_size, values)
     return done
 
@@ -184,10 +237,12 @@ def _validated(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress
     if not due or progress.validated or not takes_part(run):
         return progress
     with written_by_main(run, folder) as place:
-        measured = validate(run, place, metrics, step, progress.base_losses)
+        found = validate(run, place, metrics, step, Measured(progress.base_losses, progress.base_trained))
     if run.is_sharded:  # what is best is decided once
-        measured = agreed(run.accelerator, measured)
-    return replace(progress, history=[*progress.history, {"step": step, **measured}])
+        found = agreed(run.accelerator, found)
+    progress = replace(progress, history=[*progress.history, {"step": step, **found.figures}])
+    best = progress.best
+    return replace(progress, best_losses=found.losses) if best is not None and best["step"] == step else progress
 
 
 def _due(every: int, step: int) -> bool:
@@ -245,7 +300,10 @@ def _last_whole(folder: RunFolder) -> str:
 def _metrics(run: Run, folder: RunFolder, first_step: int) -> Metrics:
     if not run.accelerator.is_main_process:
         return NoMetrics()
-    return Metrics(folder.root, first_step, run.recipe.train.max_steps)
+    if not run.recipe.train.trackers:
+        return Metrics(folder.root, first_step, run.recipe.train.max_steps)
+    start_trackers(run.accelerator, run.recipe)
+    return Metrics(folder.root, first_step, run.recipe.train.max_steps, run.accelerator.log)
 
 
 def _list_skipped(run: Run, folder: RunFolder, metrics: Metrics) -> None:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from lora_kit.adapters import RawAdapter, Update, fitted
-from lora_kit.adapters.layers import live_layers
 from lora_kit.errors import AdapterFileError
 from lora_kit.targeting import ModuleInfo, Target, TargetPlan
 
@@ -43,6 +42,8 @@ def starting_updates(
 @torch.no_grad()
 def begin_at(components: Mapping[str, nn.Module], adapter_name: str, updates: Mapping[str, Update]) -> None:
     """Put the parts into the injected layers. Every one of `updates` must have its layer, of its shapes."""
+    from lora_kit.adapters.layers import live_layers  # here: PEFT takes seconds, and `lora-kit plan` needs none of it
+
     layers = {name: layer for name, layer in live_layers(components).items() if adapter_name in layer.adapters}
     assert layers.keys() == updates.keys(), "the plan was checked against the file"
     for name, update in updates.items():

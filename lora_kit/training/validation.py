@@ -6,7 +6,7 @@ import json
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -14,45 +14,45 @@ from lora_kit.adapters import set_scale
 from lora_kit.files import write_atomically, write_text
 from lora_kit.inference import SamplingSettings, compose_grid, draw
 from lora_kit.training.build import ADAPTER, Run, set_training
+from lora_kit.training.checkpoints import Progress
 from lora_kit.training.figures import mean_saturation, retrieval
 from lora_kit.training.folder import RunFolder
-from lora_kit.training.held_out import held_out_losses, paired_difference
+from lora_kit.training.held_out import held_out_losses
+from lora_kit.training.measures import Measured, figures, means, paired
 from lora_kit.training.metrics import Metrics
 from lora_kit.training.prepared import visiting
 
 
-def measure_base(run: Run) -> list[float]:
-    """Held-out losses before the first step: an untrained adapter is the base."""
-    return _held_out_losses(run) if run.held_out is not None else []
+def measure_base(run: Run) -> Measured:
+    """Losses before the first step: an untrained adapter is the base."""
+    return _measured(run)
 
 
-def validate(run: Run, folder: RunFolder, metrics: Metrics, step: int, base_losses: list[float]) -> dict[str, float]:
-    """Draw the prompts into samples/step-….png and log the held-out loss against the base's; what was logged."""
-    measured: dict[str, float] = {}
+class Validated(NamedTuple):
+    """What one validation found."""
+
+    figures: dict[str, float]
+    losses: list[float]
+    """Of each held-out picture."""
+
+
+def validate(run: Run, folder: RunFolder, metrics: Metrics, step: int, base: Measured) -> Validated:
+    """Draw the prompts into samples/step-….png and log the held-out figures; what was logged."""
+    found = Validated({}, [])
     with run.average.applied():
         if run.recipe.validation.prompts:
             sheet = _sheet(run, [1.0])
             save_picture(sheet, folder.samples / f"step-{step:06d}.png")
             metrics.picture("samples", sheet, step)
         if run.held_out is not None:
-            measured = held_out_metrics(run, base_losses)
-            metrics.log(step, measured)
+            now = _measured(run)
+            found = Validated(figures(now, base), means(now.held_out))
+            metrics.log(step, found.figures)
     metrics.restart_clock(step)
-    return measured
+    return found
 
 
-def held_out_metrics(run: Run, base_losses: list[float]) -> dict[str, float]:
-    """Held-out loss, the base's, their mean paired difference and its standard error."""
-    pair = paired_difference(_held_out_losses(run), base_losses)
-    return {
-        "held_out_loss": pair.loss,
-        "held_out_base_loss": pair.base,
-        "held_out_difference": pair.difference,
-        "held_out_standard_error": pair.standard_error,
-    }
-
-
-def finish(run: Run, folder: RunFolder, metrics: Metrics, base_losses: list[float]) -> dict[str, Any]:
+def finish(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress) -> dict[str, Any]:
     """samples/final_grid.png and result.json; returns what result.json holds."""
     section = run.recipe.validation
     result: dict[str, Any] = {"weights": run.average.describe()}
@@ -63,7 +63,9 @@ def finish(run: Run, folder: RunFolder, metrics: Metrics, base_losses: list[floa
             save_picture(sheet, folder.samples / "final_grid.png")
             metrics.picture("final_grid", sheet, run.recipe.train.max_steps)
         if run.held_out is not None:
-            result |= held_out_metrics(run, base_losses)
+            now = _measured(run)
+            result |= figures(now, Measured(progress.base_losses, progress.base_trained))
+            result |= _against_best(progress, means(now.held_out))
         if section.retrieval:
             result |= _style_and_subject(run, folder)
     write_text(folder.root / "result.json", json.dumps(result, indent=1) + "\n")
@@ -116,10 +118,29 @@ def at_strength(run: Run, strength: float) -> Generator[None]:
             set_scale(run.bundle.components, {ADAPTER: 1.0})
 
 
-def _held_out_losses(run: Run) -> list[float]:
-    assert run.held_out is not None
+def _measured(run: Run) -> Measured:
+    parts = (run.held_out, run.measured_training)
     with at_strength(run, 1.0), run.accelerator.autocast():
-        return held_out_losses(run.held_out, run.learner.objective, run.bundle, run.learner.conditions)
+        found = [
+            held_out_losses(part, run.learner.objective, run.bundle, run.learner.conditions) if part is not None else []
+            for part in parts
+        ]
+    return Measured(*found)
+
+
+def _against_best(progress: Progress, losses: list[float]) -> dict[str, Any]:
+    """The best validation before this, the last one; nothing if there was none."""
+    best = progress.best
+    if best is None or not progress.best_losses or best["step"] == 0:
+        return {"best_step": progress.step}
+    if sum(losses) / len(losses) <= best["held_out_loss"]:
+        return {"best_step": progress.step}
+    against = paired(losses, progress.best_losses)
+    return {
+        "best_step": int(best["step"]),
+        "last_minus_best": against.mean,
+        "last_minus_best_interval": against.half_width,
+    }
 
 
 def _style_and_subject(run: Run, folder: RunFolder) -> dict[str, Any]:
@@ -128,15 +149,15 @@ def _style_and_subject(run: Run, folder: RunFolder) -> dict[str, Any]:
     captions, references = run.held_out.pictures.captions(), run.held_out.pictures.pictures()
     side = run.recipe.data.resolution
     references = [picture.resize((side, side)) for picture in references]
-    figures: dict[str, Any] = {"held_out_pictures": len(captions), "chance_top1": 1 / len(captions)}
+    told: dict[str, Any] = {"held_out_pictures": len(captions), "chance_top1": 1 / len(captions)}
     for strength in [1.0] if run.is_full else [0.0, 1.0]:
         drawn = _draw(run, captions, strength)
         found = retrieval(drawn, references)
-        figures[f"saturation_at_{strength:g}"] = round(mean_saturation(drawn), 3)
-        figures[f"top1_at_{strength:g}"] = round(found.top1, 4)
-        figures[f"top5_at_{strength:g}"] = round(found.top5, 4)
+        told[f"saturation_at_{strength:g}"] = round(mean_saturation(drawn), 3)
+        told[f"top1_at_{strength:g}"] = round(found.top1, 4)
+        told[f"top5_at_{strength:g}"] = round(found.top5, 4)
         shown = range(0, min(len(drawn), 64))
         rows = [[references[i], drawn[i]] for i in shown]
         sheet = compose_grid(rows, [captions[i] for i in shown], ["held-out picture", f"drawn at {strength:g}"])
         save_picture(sheet, folder.samples / f"held_out_at_{strength:g}.png")
-    return figures
+    return told

@@ -189,3 +189,15 @@ def test_the_tensors_do_not_change_with_the_file(tmp_path: Path) -> None:
 def test_long_names_do_not_flood_the_message(tmp_path: Path) -> None:
     said = refusal(with_header(tmp_path / "a", {"n" * 1_000_000: ONE | {"shape": [1]}}))
     assert len(re.sub(re.escape(str(tmp_path)), "", said)) < 300
+
+
+@pytest.mark.parametrize("length", [640, 1152, 640 + 65536])
+def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path: Path, length: int) -> None:
+    tensors = {"a": torch.ones(2)}
+    path = tmp_path / "a.safetensors"
+    write_safetensors(path, tensors, {"fill": ""})
+    bare = int.from_bytes(path.read_bytes()[:8], "little")
+    write_safetensors(path, tensors, {"fill": "x" * (length - bare)})
+    assert int.from_bytes(path.read_bytes()[:8], "little") == length
+    with open_safetensors(path) as file:
+        assert torch.equal(file.tensors()["a"], tensors["a"])

@@ -139,7 +139,8 @@ def _other_kind(start: bytes) -> str | None:
     """What a file that begins so is, if it is one that users often take for safetensors."""
     if start.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, not the file itself. Run `git lfs pull`"
-    if start.startswith(_PICKLES):
+    # A header of 640 bytes has a length that begins like a pickle; but then the header follows.
+    if start.startswith(_PICKLES) and start[4:9] != b"\0\0\0\0{":
         return "is a pickled PyTorch file, not safetensors. Convert it to safetensors first"
     # A header of 2⁴⁰ bytes and more: where its length should stand there is text.
     if start.lstrip().startswith((b"<", b"{")) and start[5:8] != b"\0\0\0":
