@@ -157,6 +157,8 @@ def _finish(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress) -
     paths = write_result(run, folder, progress.step)
     with written_by_main(run, folder) as place:
         figures = finish(run, place, metrics, progress)
+    if run.is_sharded:
+        figures = agreed(run.accelerator, figures)
     if "held_out_loss" in figures:
         entry = {"step": progress.step, "held_out_loss": figures["held_out_loss"]}
         _link_best(run, folder, replace(progress, history=[*progress.history, entry]))
