@@ -159,6 +159,9 @@ def _targets_of_sources(recipe: Recipe) -> Iterator[Problem]:
     """What the base predicts can only be asked while its weights are there."""
     if not any(_trains(rule) and rule.method == "full" for _, rule in _placed_rules(recipe)):
         return
+    if recipe.validation.drift_prompts:
+        said = "needs the base's own weights, which `method: full` changes; remove it, or train adapters."
+        yield Problem(("validation", "drift_prompts"), said)
     for index, source in enumerate(recipe.data.sources):
         if source.target == "base":
             said = "`target: base` needs the base's own weights, which `method: full` changes; train adapters"

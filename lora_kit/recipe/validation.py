@@ -47,6 +47,9 @@ class ValidationSection(Section):
     train_subset: NonNegative = 32
     """Training pictures, at most as many as are held out, that are measured in the same way: how much further the
     training loss fell is the gap that over-fitting opens. 0: none."""
+    drift_prompts: list[str] = Field(default=[])
+    """Prompts that have nothing to do with the data, such as `a dog in a park`: every validation tells how far the
+    predictions for them moved from the base's. Adapters only, as the base's weights are needed."""
     early_stop: EarlyStop | None = None
     """End the run when the held-out loss no longer falls."""
     retrieval: bool = False

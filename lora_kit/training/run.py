@@ -84,6 +84,8 @@ def _held_out_lines(f: dict[str, Any]) -> list[str]:
             f"training pictures, measured alike: difference {f['trained_difference']:+.4f}; gap "
             f"{f['gap']:+.4f} ± {f['gap_interval']:.4f} (95 %)"
         )
+    if "drift" in f:
+        lines.append(f"drift on unrelated prompts: {f['drift']:.2%} of the base's predictions (squared)")
     against = Interval(f.get("last_minus_best", 0.0), 0.0, f.get("last_minus_best_interval", 0.0))
     return [*lines, verdict(f["step"], f["best_step"], against)]
 

@@ -6,15 +6,17 @@ import json
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from PIL import Image
 
 from lora_kit.adapters import set_scale
 from lora_kit.files import write_atomically, write_text
 from lora_kit.inference import SamplingSettings, compose_grid, draw
+from lora_kit.inference.sampling import vae_factor
 from lora_kit.training.build import ADAPTER, Run, set_training
 from lora_kit.training.checkpoints import Progress
+from lora_kit.training.drift import drift, traces
 from lora_kit.training.figures import mean_saturation, retrieval
 from lora_kit.training.folder import RunFolder
 from lora_kit.training.held_out import held_out_losses
@@ -47,6 +49,8 @@ def validate(run: Run, folder: RunFolder, metrics: Metrics, step: int, base: Mea
         if run.held_out is not None:
             now = _measured(run)
             found = Validated(figures(now, base), means(now.held_out))
+        found.figures.update(_drift(run))
+        if found.figures:
             metrics.log(step, found.figures)
     metrics.restart_clock(step)
     return found
@@ -66,6 +70,7 @@ def finish(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress) ->
             now = _measured(run)
             result |= figures(now, Measured(progress.base_losses, progress.base_trained))
             result |= _against_best(progress, means(now.held_out))
+        result |= _drift(run)
         if section.retrieval:
             result |= _style_and_subject(run, folder)
     write_text(folder.root / "result.json", json.dumps(result, indent=1) + "\n")
@@ -126,6 +131,22 @@ def _measured(run: Run) -> Measured:
             for part in parts
         ]
     return Measured(*found)
+
+
+def _drift(run: Run) -> dict[str, float]:
+    """How far predictions for unrelated prompts moved from the base's. The base's are made anew each time: they cost as
+    much as looking at them, and nothing has to be kept through a resume."""
+    section, bundle = run.recipe.validation, run.bundle
+    if not section.drift_prompts:
+        return {}
+    side = run.recipe.data.resolution // vae_factor(bundle)
+    shape = (int(cast(Any, bundle.unet.config).in_channels), side, side)
+    conditions = run.learner.conditions
+    with visiting(bundle.device, bundle.text_encoder), run.accelerator.autocast():
+        with at_strength(run, 0.0):
+            known = traces(bundle, conditions, section.drift_prompts, shape, section.seed)
+        with at_strength(run, 1.0):
+            return {"drift": drift(bundle, conditions, known)}
 
 
 def _against_best(progress: Progress, losses: list[float]) -> dict[str, Any]:

@@ -201,3 +201,32 @@ def test_an_unknown_or_missing_tracker_is_told_before_anything_is_loaded(make_re
 def test_what_cannot_decide_is_refused(make_recipe, overrides, said):
     with pytest.raises(RecipeError, match=said):
         make_recipe(*overrides)
+
+
+def test_drift_is_nothing_at_first_and_grows_where_the_network_moves(make_recipe, tmp_path):
+    prompts = "validation.drift_prompts=[a dog in a park, a red car]"
+    train(make_recipe(prompts, "validation.every=2", "train.max_steps=4", "optimizer.lr=0.05"))
+    found = [line["drift"] for line in lines_of(tmp_path / "run") if "drift" in line]
+    assert found[0] < 1e-10  # rounding, squared: the base was asked one by one
+    assert found[1] > 1e-6
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["drift"] > 1e-6
+
+
+def test_drift_is_measured_against_the_bases_own_predictions(make_recipe):
+    from lora_kit.training.drift import STEPS, drift, traces
+
+    recipe = make_recipe()
+    run = build_run(recipe, build_accelerator(recipe))
+    known = traces(run.bundle, run.learner.conditions, ["a", "b"], (4, 2, 2), 0)
+    assert [trace.latents.shape for trace in known] == [(STEPS, 4, 2, 2)] * 2
+    assert known[0].timesteps.tolist() == sorted(known[0].timesteps.tolist(), reverse=True)
+    # Alone or together in a batch: rounding, squared.
+    assert drift(run.bundle, run.learner.conditions, known) < 1e-10
+    doubled = [trace._replace(predictions=trace.predictions / 2) for trace in known]
+    assert drift(run.bundle, run.learner.conditions, doubled) == pytest.approx(1.0, rel=1e-4)
+
+
+def test_drift_of_a_full_fine_tune_is_refused(make_recipe):
+    with pytest.raises(RecipeError, match=r"drift_prompts.*base's own weights"):
+        make_recipe("targets={match: 'unet.**', method: full}", "validation.drift_prompts=[a]")
