@@ -207,8 +207,8 @@ def open_training_set(
     return TrainingSet(records, section, seed, sizes=sizes, latent_factor=latent_factor)
 
 
-def plain_section(section: DataSection, source: SourceSection) -> DataSection:
-    """The section of held-out pictures: this one source, nothing random, at one resolution."""
+def plain_section(section: DataSection, sources: Sequence[SourceSection]) -> DataSection:
+    """The section of held-out pictures: these sources, nothing random, each at one resolution."""
     buckets = section.buckets and section.buckets.model_copy(update={"resolutions": None})
     plain: dict[str, Any] = {"flip": False, "caption_dropout": 0.0, "crop": "center", "buckets": buckets}
-    return section.model_copy(update={**plain, "sources": [source]})
+    return section.model_copy(update={**plain, "sources": list(sources)})

@@ -31,6 +31,8 @@ from lora_kit.recipe.save import SaveSection
 from lora_kit.recipe.schedule import ScheduleSection
 from lora_kit.recipe.sources import Alpha, SourceSection, weight_problems
 from lora_kit.recipe.timesteps import TimestepSection
+from lora_kit.recipe.trackers import TrackerSection
+from lora_kit.recipe.validation import EarlyStopSection, SplitSection, ValidationSection
 
 __all__ = [
     "BucketSection",
@@ -38,6 +40,7 @@ __all__ = [
     "CaptionRules",
     "CaptionSection",
     "DataSection",
+    "EarlyStopSection",
     "Method",
     "ModelSection",
     "ObjectiveSection",
@@ -50,6 +53,7 @@ __all__ = [
     "ScheduleSection",
     "Section",
     "SourceSection",
+    "SplitSection",
     "TargetItem",
     "TargetRule",
     "Targets",
@@ -118,7 +122,7 @@ class DataSection(CacheSection):
         return self
 
 
-class TrainSection(Section):
+class TrainSection(TrackerSection):
     """Length and mechanics of the run."""
 
     max_steps: Positive = 1000
@@ -149,32 +153,6 @@ class TrainSection(Section):
     checkpoint's folder."""
     overwrite: bool = False
     """Remove what an earlier run left in `output_dir` and begin anew. Without it such a folder is refused."""
-
-
-class ValidationSection(Section):
-    """Pictures and held-out loss while training, and the figures at its end."""
-
-    prompts: list[str] = Field(default=[])
-    """Prompts drawn at step 0, every `every` steps, and in the final grid."""
-    negative_prompt: str = ""
-    """Negative prompt of all validation pictures."""
-    every: NonNegative = 100
-    """Optimizer steps between validations. 0: only at step 0 and at the end."""
-    seed: NonNegative = 0
-    """Seed of all validation pictures and of the held-out noise."""
-    steps: Positive = 25
-    """Sampler steps."""
-    guidance: Annotated[float, Field(ge=0)] = 7.5
-    """Classifier-free guidance scale; 1 or less turns it off."""
-    strengths: list[float] = Field(default=[0.0, 0.5, 1.0], min_length=1)
-    """Adapter strengths of samples/final_grid.png, left to right."""
-    held_out: SourceSection | None = None
-    """Pictures that are not trained on: their loss is reported as the paired difference to the base."""
-    held_out_timesteps: Positive = 4
-    """Stratified timesteps per held-out picture."""
-    retrieval: bool = False
-    """At the end, draw every held-out caption at strength 0 and 1 and report style (mean saturation) and
-    subject (is the picture's nearest held-out picture its own, top-1 and top-5) figures."""
 
 
 class Recipe(Section):
