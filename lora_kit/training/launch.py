@@ -9,13 +9,18 @@ from accelerate import Accelerator
 
 from lora_kit.errors import RecipeError
 from lora_kit.recipe import Recipe
+from lora_kit.training.trackers import logging_folder
 
 
 def build_accelerator(recipe: Recipe) -> Accelerator:
     """Device, processes and autocast. Raises RecipeError for what the machine cannot do."""
     if recipe.train.mixed_precision == "fp16" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         raise RecipeError("train.mixed_precision: fp16 needs a GPU and none was found. Use bf16 or no.")
-    accelerator = Accelerator(mixed_precision=recipe.train.mixed_precision)
+    accelerator = Accelerator(
+        mixed_precision=recipe.train.mixed_precision,
+        log_with=list(recipe.train.trackers) or None,
+        project_dir=logging_folder(recipe),
+    )
     if accelerator.num_processes == 1 and _was_to_be_several():
         raise RecipeError(
             "`accelerate launch` was asked for several processes, and started one: with --cpu it starts more only "

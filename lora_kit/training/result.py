@@ -30,15 +30,16 @@ from lora_kit.training.precision import DTYPES
 SAVE_DTYPES = {**DTYPES, "fp32": DTYPES["no"]}
 
 
-def write_result(run: Run, folder: RunFolder, step: int) -> list[Path]:
-    """Write the run's result, and beside it the moving average where the recipe keeps one; return their paths."""
-    moving = run.average.is_moving
-    if run.is_full:
-        places = [(folder.model, False), *([(folder.model_average, True)] if moving else [])]
-    else:
-        suffix = "" if run.recipe.save.format == "peft" else ".safetensors"
-        names = [("adapter", False), *([("adapter.ema", True)] if moving else [])]
-        places = [(folder.root / f"{name}{suffix}", average) for name, average in names]
+def write_result(run: Run, folder: RunFolder, step: int, beside: bool = False) -> list[Path]:
+    """Write the run's result, and beside it the moving average where the recipe keeps one; return their paths.
+
+    step: whose weights are in the networks. beside: under the names of the best, next to the last's.
+    """
+    stem, mark, suffix = ("model", "_", "") if run.is_full else ("adapter", ".", ".safetensors")
+    suffix = "" if run.recipe.save.format == "peft" else suffix
+    stem = f"{stem}{mark}best" if beside else stem
+    names = [(stem, False), *([(f"{stem}{mark}ema", True)] if run.average.is_moving else [])]
+    places = [(folder.root / f"{name}{suffix}", average) for name, average in names]
     for path, average in places:
         with run.average.final(moving=average):
             if run.is_full:

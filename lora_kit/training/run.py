@@ -7,7 +7,10 @@ import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import cast
+
+import torch
+from torch import Tensor
 
 from lora_kit.data import Batch, make_loader
 from lora_kit.errors import LoraKitError, TrainingError
@@ -17,54 +20,20 @@ from lora_kit.training.build import Run, build_run
 from lora_kit.training.checkpoint_folder import mark_best, newest_whole, remove_old
 from lora_kit.training.checkpoints import Progress, checkpoint_name, save_checkpoint
 from lora_kit.training.disk import full_disk_told
+from lora_kit.training.finish import Outcome, finish_run
 from lora_kit.training.folder import RunFolder, checkpoint_to_resume, prepare_folder
 from lora_kit.training.launch import build_accelerator
 from lora_kit.training.max_norm import limit_norms
+from lora_kit.training.measuring import Base
 from lora_kit.training.metrics import Metrics, NoMetrics
 from lora_kit.training.optimizers import check_optimizer, set_learning_rate
-from lora_kit.training.result import write_result
 from lora_kit.training.resume import begin, state_of
 from lora_kit.training.schedules import Rewarm, learning_rate_factor
 from lora_kit.training.signals import InterruptedRunError, StopSignals
 from lora_kit.training.step import StepMetrics, training_step
-from lora_kit.training.validation import finish, validate
-
-
-class Outcome(NamedTuple):
-    """What a finished run left."""
-
-    paths: list[Path]
-    """adapter.safetensors, or the model folder of a full fine-tune; after it the moving average's, if there is one."""
-    figures: dict[str, Any]
-    """What result.json holds."""
-    is_main: bool
-    """Whether this process wrote it."""
-
-    @property
-    def path(self) -> Path:
-        """The weights as trained."""
-        return self.paths[0]
-
-    def lines(self) -> list[str]:
-        """The figures for a reader, a line each."""
-        f = self.figures
-        lines = [f"wrote {path}" for path in self.paths]
-        if len(self.paths) > 1:
-            lines[0] += ": the weights as trained"
-            lines[1] += f": their {f['weights']}; validation measured and drew these"
-        if "held_out_loss" in f:
-            lines.append(
-                f"held-out loss {f['held_out_loss']:.4f}, base {f['held_out_base_loss']:.4f}, paired difference "
-                f"{f['held_out_difference']:+.4f} ± {f['held_out_standard_error']:.4f}"
-            )
-        for strength in ("0", "1"):
-            if f"top1_at_{strength}" in f:
-                lines.append(
-                    f"strength {strength}: mean saturation {f[f'saturation_at_{strength}']:.2f}; nearest of "
-                    f"{f['held_out_pictures']} held-out pictures is the own one for {f[f'top1_at_{strength}']:.1%}, "
-                    f"among the nearest five for {f[f'top5_at_{strength}']:.1%} (chance {f['chance_top1']:.1%})"
-                )
-        return lines
+from lora_kit.training.trackers import check_trackers, start_trackers
+from lora_kit.training.validation import validate
+from lora_kit.training.verdict import reason_to_stop, with_validation
 
 
 def train(recipe: Recipe) -> Outcome:
@@ -73,6 +42,7 @@ def train(recipe: Recipe) -> Outcome:
     Raises LoraKitError for what the user can mend, TrainingError when the run cannot go on, InterruptedRunError after
     a signal, once the step is finished and saved.
     """
+    check_trackers(recipe)
     accelerator = build_accelerator(recipe)
     check_optimizer(recipe, accelerator.device)
     folder = RunFolder(Path(recipe.output_dir))
@@ -80,7 +50,8 @@ def train(recipe: Recipe) -> Outcome:
     accelerator.wait_for_everyone()
     checkpoint = checkpoint_to_resume(recipe)
     run = build_run(recipe, accelerator, resumes=checkpoint is not None)
-    progress, notices = begin(run, checkpoint)
+    progress, notices, base = begin(run, checkpoint)
+    start_trackers(accelerator, recipe)
     with full_disk_told(folder.root, partial(_last_whole, folder)):
         if run.accelerator.is_main_process:
             write_text(folder.root / "recipe.yaml", dump_recipe(recipe))
@@ -89,43 +60,40 @@ def train(recipe: Recipe) -> Outcome:
             for notice in [*run.notices, *damaged, *notices]:
                 metrics.say(notice)
             try:
-                return _train(run, folder, metrics, progress)
+                return _train(run, folder, metrics, progress, base)
             finally:
                 _list_skipped(run, folder, metrics)
+                accelerator.end_training()
 
 
-def _train(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress) -> Outcome:
+def _train(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress, base: Base) -> Outcome:
     recipe = run.recipe
     loader = make_loader(run.data, recipe, run.accelerator, first_step=progress.step)
     with StopSignals() as signals:
         _link_best(run, folder, progress)  # as the checkpoint knows it, which may be an older one
         # That of step 0, or one that a kill cut off after its checkpoint.
-        progress = _validated(run, folder, metrics, progress)
-        for step, batches in enumerate(loader, start=progress.step):
+        progress = _validated(run, folder, metrics, progress, base)
+        over = _is_over(run, progress)  # also of a run that stopped early before it was resumed
+        for step, batches in enumerate(loader if not over else (), start=progress.step):
             done = _step(run, folder, metrics, batches, progress, stop=signals.number is not None)
             row = progress.skipped_in_row + 1 if done.problem else 0
             progress = replace(progress, step=step + 1, skipped_in_row=row)
             if done.interrupted and progress.step < recipe.train.max_steps:
                 _save(run, folder, progress)
                 raise _interrupted(folder, progress.step, signals.number)
-            progress = _validated(run, folder, metrics, progress)
-            if progress.step == recipe.train.max_steps or _due(recipe.save.every, progress.step):
+            progress = _validated(run, folder, metrics, progress, base)
+            over = _is_over(run, progress)
+            if over or _due(recipe.save.every, progress.step):
                 _save(run, folder, progress)
             elif _is_best(run, progress) and run.accelerator.is_main_process:
                 _write_checkpoint(run, folder, progress)
+            if over:
+                break
     run.accelerator.wait_for_everyone()
     if not run.accelerator.is_main_process:
         return Outcome([], {}, is_main=False)
-    return _finish(run, folder, metrics, progress)
-
-
-def _finish(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress) -> Outcome:
-    paths = write_result(run, folder, progress.step)
-    figures = finish(run, folder, metrics, progress.base_losses)
-    if "held_out_loss" in figures:
-        entry = {"step": progress.step, "held_out_loss": figures["held_out_loss"]}
-        _link_best(run, folder, replace(progress, history=[*progress.history, entry]))
-    return Outcome(paths, figures, is_main=True)
+    _link_best(run, folder, progress)
+    return finish_run(run, folder, metrics, progress)
 
 
 def _step(
@@ -169,14 +137,24 @@ def _tell_skipped(run: Run, folder: RunFolder, metrics: Metrics, progress: Progr
     metrics.log(progress.step + 1, {"skipped": done.problem})
 
 
-def _validated(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress) -> Progress:
+def _validated(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress, base: Base) -> Progress:
     """The progress with the validation of its step, where one is due and was not done before a resume."""
-    step, last = progress.step, progress.step == run.recipe.train.max_steps
-    due = step == 0 or (not last and _due(run.recipe.validation.every, step))
+    step = progress.step
+    due = step in (0, run.recipe.train.max_steps) or _due(run.recipe.validation.every, step)
     if not due or progress.validated or not run.accelerator.is_main_process:
         return progress
-    measured = validate(run, folder, metrics, step, progress.base_losses)
-    return replace(progress, history=[*progress.history, {"step": step, **measured}])
+    return with_validation(progress, validate(run, folder, metrics, step, base))
+
+
+def _is_over(run: Run, progress: Progress) -> bool:
+    """Whether the run ends after this step: its last, or stopped early. All processes come to the same."""
+    if progress.step == run.recipe.train.max_steps:
+        return True
+    stops = bool(reason_to_stop(progress.history, run.recipe.validation.early_stop))
+    if run.recipe.validation.early_stop is None or run.accelerator.num_processes == 1:
+        return stops
+    told = torch.tensor(float(stops and run.accelerator.is_main_process), device=run.accelerator.device)
+    return bool(cast(Tensor, run.accelerator.reduce(told, "sum")))  # only the main process validates
 
 
 def _due(every: int, step: int) -> bool:
@@ -231,7 +209,7 @@ def _last_whole(folder: RunFolder) -> str:
 def _metrics(run: Run, folder: RunFolder, first_step: int) -> Metrics:
     if not run.accelerator.is_main_process:
         return NoMetrics()
-    return Metrics(folder.root, first_step, run.recipe.train.max_steps)
+    return Metrics(folder.root, first_step, run.recipe.train.max_steps, run.accelerator)
 
 
 def _list_skipped(run: Run, folder: RunFolder, metrics: Metrics) -> None:

@@ -1,125 +1,53 @@
-"""Pictures and held-out loss during a run, and the figures at its end."""
+"""Validation during a run, and the figures at its end."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from lora_kit.adapters import set_scale
-from lora_kit.files import write_atomically, write_text
-from lora_kit.inference import SamplingSettings, compose_grid, draw
-from lora_kit.training.build import ADAPTER, Run, set_training
+from lora_kit.files import write_text
+from lora_kit.inference import compose_grid
+from lora_kit.training.build import Run
+from lora_kit.training.checkpoints import Progress
+from lora_kit.training.drawing import draw_at, draw_final, draw_step, save_picture
 from lora_kit.training.figures import mean_saturation, retrieval
 from lora_kit.training.folder import RunFolder
-from lora_kit.training.held_out import held_out_losses, paired_difference
+from lora_kit.training.measuring import Base, Measured, measure
 from lora_kit.training.metrics import Metrics
-from lora_kit.training.prepared import visiting
+from lora_kit.training.verdict import reason_to_stop, verdict
 
 
-def measure_base(run: Run) -> list[float]:
-    """Held-out losses before the first step: an untrained adapter is the base."""
-    return _held_out_losses(run) if run.held_out is not None else []
-
-
-def validate(run: Run, folder: RunFolder, metrics: Metrics, step: int, base_losses: list[float]) -> dict[str, float]:
-    """Draw the prompts into samples/step-….png and log the held-out loss against the base's; what was logged."""
-    measured: dict[str, float] = {}
+def validate(run: Run, folder: RunFolder, metrics: Metrics, step: int, base: Base) -> Measured:
+    """Draw the prompts into samples/step-….png, and measure and log what is to be measured."""
     with run.average.applied():
         if run.recipe.validation.prompts:
-            sheet = _sheet(run, [1.0])
-            save_picture(sheet, folder.samples / f"step-{step:06d}.png")
-            metrics.picture("samples", sheet, step)
-        if run.held_out is not None:
-            measured = held_out_metrics(run, base_losses)
-            metrics.log(step, measured)
+            draw_step(run, folder, metrics, step)
+        measured = measure(run, base, is_base=step == 0 and run.start is None)
+    if measured.figures:
+        metrics.log(step, measured.figures)
     metrics.restart_clock(step)
     return measured
 
 
-def held_out_metrics(run: Run, base_losses: list[float]) -> dict[str, float]:
-    """Held-out loss, the base's, their mean paired difference and its standard error."""
-    pair = paired_difference(_held_out_losses(run), base_losses)
-    return {
-        "held_out_loss": pair.loss,
-        "held_out_base_loss": pair.base,
-        "held_out_difference": pair.difference,
-        "held_out_standard_error": pair.standard_error,
-    }
+def finish(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress, step: int) -> dict[str, Any]:
+    """The final sheets and result.json; returns what result.json holds.
 
-
-def finish(run: Run, folder: RunFolder, metrics: Metrics, base_losses: list[float]) -> dict[str, Any]:
-    """samples/final_grid.png and result.json; returns what result.json holds."""
+    step: whose weights are in the networks, and are the result: the last, or the best.
+    """
     section = run.recipe.validation
     result: dict[str, Any] = {"weights": run.average.describe()}
+    own = next((entry for entry in progress.history if entry["step"] == step), {})
+    result |= {name: value for name, value in own.items() if name != "step"}
+    result |= verdict(progress)
+    stopped = reason_to_stop(progress.history, section.early_stop)
+    result |= {"stopped": stopped} if stopped and progress.step < run.recipe.train.max_steps else {}
     with run.average.applied():
         if section.prompts:
-            strengths = [1.0] if run.is_full else list(section.strengths)
-            sheet = _sheet(run, strengths)
-            save_picture(sheet, folder.samples / "final_grid.png")
-            metrics.picture("final_grid", sheet, run.recipe.train.max_steps)
-        if run.held_out is not None:
-            result |= held_out_metrics(run, base_losses)
+            draw_final(run, folder, metrics, [int(entry["step"]) for entry in progress.history])
         if section.retrieval:
             result |= _style_and_subject(run, folder)
     write_text(folder.root / "result.json", json.dumps(result, indent=1) + "\n")
     return result
-
-
-def settings_of(run: Run) -> SamplingSettings:
-    """The validation section's sampler settings at the training resolution."""
-    section, side = run.recipe.validation, run.recipe.data.resolution
-    return SamplingSettings(
-        steps=section.steps,
-        guidance=section.guidance,
-        negative_prompt=section.negative_prompt,
-        width=side,
-        height=side,
-        long_prompts=run.recipe.data.captions.long,
-    )
-
-
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """A PNG, whole or not there."""
-    write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
-
-
-def _sheet(run: Run, strengths: list[float]) -> Image.Image:
-    prompts = run.recipe.validation.prompts
-    columns = [_draw(run, prompts, strength) for strength in strengths]
-    rows = [list(row) for row in zip(*columns, strict=True)]
-    labels = [f"strength {strength:g}" for strength in strengths]
-    return compose_grid(rows, prompts, ["trained weights"] if run.is_full else labels)
-
-
-def _draw(run: Run, prompts: list[str], strength: float) -> list[Image.Image]:
-    seed = run.recipe.validation.seed
-    with at_strength(run, strength), visiting(run.bundle.device, run.bundle.vae, run.bundle.text_encoder):
-        return draw(run.bundle, prompts, [seed] * len(prompts), settings=settings_of(run))
-
-
-@contextmanager
-def at_strength(run: Run, strength: float) -> Generator[None]:
-    """The adapter at this strength, and evaluation mode, while inside."""
-    if not run.is_full:
-        set_scale(run.bundle.components, {ADAPTER: strength})
-    set_training(run.bundle, False)
-    try:
-        yield
-    finally:
-        set_training(run.bundle, True)
-        if not run.is_full:
-            set_scale(run.bundle.components, {ADAPTER: 1.0})
-
-
-def _held_out_losses(run: Run) -> list[float]:
-    assert run.held_out is not None
-    with at_strength(run, 1.0), run.accelerator.autocast():
-        return held_out_losses(run.held_out, run.learner.objective, run.bundle, run.learner.conditions)
 
 
 def _style_and_subject(run: Run, folder: RunFolder) -> dict[str, Any]:
@@ -130,7 +58,7 @@ def _style_and_subject(run: Run, folder: RunFolder) -> dict[str, Any]:
     references = [picture.resize((side, side)) for picture in references]
     figures: dict[str, Any] = {"held_out_pictures": len(captions), "chance_top1": 1 / len(captions)}
     for strength in [1.0] if run.is_full else [0.0, 1.0]:
-        drawn = _draw(run, captions, strength)
+        drawn = draw_at(run, captions, strength)
         found = retrieval(drawn, references)
         figures[f"saturation_at_{strength:g}"] = round(mean_saturation(drawn), 3)
         figures[f"top1_at_{strength:g}"] = round(found.top1, 4)

@@ -14,6 +14,7 @@ from lora_kit.errors import RecipeError, TrainingError
 from lora_kit.recipe import Recipe
 from lora_kit.training import train
 from lora_kit.training.checkpoints import Progress
+from lora_kit.training.measuring import Measured
 from lora_kit.training.resume import changed_keys, changed_rates
 
 
@@ -161,7 +162,8 @@ def test_a_run_without_any_whole_checkpoint_does_not_begin_anew_by_itself(make_r
 def test_the_checkpoint_of_the_lowest_held_out_loss_is_kept_as_best(make_recipe, tmp_path, other_pictures, monkeypatch):
     # Losses that fall until step 3 and then rise; the last step's own is measured, and is far above 0.
     monkeypatch.setattr(
-        "lora_kit.training.run.validate", lambda run, folder, metrics, step, base: {"held_out_loss": abs(step - 3)}
+        "lora_kit.training.run.validate",
+        lambda run, folder, metrics, step, base: Measured({"held_out_loss": abs(step - 3)}, [[abs(step - 3)]]),
     )
     held_out = f"validation.held_out={{path: {other_pictures}}}"
     settings = [held_out, "validation.every=1", "train.max_steps=5", "save.every=0", "save.keep=1"]
