@@ -80,11 +80,11 @@ class Metrics:
         """One line of metrics.jsonl; its numbers go to TensorBoard and the trackers as well."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(name, value, step)
-        if self._accelerator is not None and self._accelerator.trackers:
-            self._accelerator.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=step)
+        numbers = {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
+        for name, value in numbers.items():
+            self._board.add_scalar(name, value, step)
+        if self._accelerator is not None and self._accelerator.trackers and numbers:
+            self._accelerator.log(numbers, step=step)
 
     def picture(self, name: str, image: Image.Image, step: int) -> None:
         """A picture to TensorBoard and to the trackers that take pictures."""
