@@ -102,6 +102,12 @@ def silence_libraries() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
+def _process_name() -> str:
+    """Which process of a launch says it, where it is not the main one."""
+    rank = os.environ.get("RANK", "0")
+    return f"process {rank} of {os.environ.get('WORLD_SIZE', '?')}: " if rank != "0" else ""
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 done, 2 the user's input was wrong, 130 after Ctrl-C, 1 anything else.
 
@@ -111,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         build_command()(args=None if arguments is None else list(arguments), prog_name="lora-kit")
     except LoraKitError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {_process_name()}{error}\n")
         sys.exit(error.exit_status)
     except KeyboardInterrupt:
         sys.exit(130)

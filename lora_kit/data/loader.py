@@ -29,16 +29,19 @@ class Processes(Protocol):
 
 
 def make_loader(
-    training_set: TrainingSet, recipe: Recipe, processes: Processes, first_step: int = 0
+    training_set: TrainingSet, recipe: Recipe, processes: Processes, first_step: int = 0, even: bool = False
 ) -> Iterator[list[Batch]]:
     """This process's micro-batches of one optimizer step after the other, from `first_step` to `max_steps`. None in a
     step of fewer samples than processes, where this process has no sample.
+
+    even: then, and where others have more, there are micro-batches whose losses count nothing, so that all processes
+    have equally many.
 
     Raises RecipeError if there are more processes than pictures in a step. Not to be prepared by accelerate,
     which would share the batches out a second time.
     """
     share = process_share(recipe, processes.process_index, processes.num_processes)
-    sampler = StepSampler(share, first_step, recipe.train.max_steps, training_set.order.size_of)
+    sampler = StepSampler(share, first_step, recipe.train.max_steps, training_set.order.size_of, even)
     loader = make_batch_loader(training_set, sampler, pin_memory=processes.device.type == "cuda")
     return _steps(loader, sampler)
 
@@ -61,5 +64,10 @@ def make_batch_loader(training_set: TrainingSet, sampler: StepSampler, pin_memor
 def _steps(loader: DataLoader[Sample], sampler: StepSampler) -> Iterator[list[Batch]]:
     with held_signals():
         batches: Iterator[Any] = iter(loader)
-    for count in sampler.counts():
-        yield list(islice(batches, count))
+    for count, fillers in zip(sampler.counts(), sampler.fillers(), strict=True):
+        own = list(islice(batches, count - fillers))
+        yield own + [_weightless(batch) for batch in islice(batches, fillers)]
+
+
+def _weightless(batch: Batch) -> Batch:
+    return batch._replace(loss_weights=torch.zeros_like(batch.loss_weights))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.utils.data import Sampler
 
@@ -46,8 +46,19 @@ def micro_batches(step: int, share: Share, samples: int | None = None) -> list[l
 class StepSampler(Sampler[list[int]]):
     """Batch sampler: the micro-batches of optimizer steps `first_step` … `max_steps` - 1, one after the other."""
 
-    def __init__(self, share: Share, first_step: int, max_steps: int, size_of: Callable[[int], int] | None = None):
-        """size_of: samples of a step, over all processes. Default: always the batch size."""
+    def __init__(
+        self,
+        share: Share,
+        first_step: int,
+        max_steps: int,
+        size_of: Callable[[int], int] | None = None,
+        even: bool = False,
+    ):
+        """size_of: samples of a step, over all processes. Default: always the batch size.
+
+        even: every process has as many micro-batches in a step as the first one; see `fillers`.
+        """
+        self.even = even
         self.share = share
         self.first_step = first_step
         self.max_steps = max_steps
@@ -62,6 +73,11 @@ class StepSampler(Sampler[list[int]]):
         """Micro-batches of this process in one step after the other."""
         return (len(self._step(step)) for step in range(self.first_step, self.max_steps))
 
+    def fillers(self) -> Iterator[int]:
+        """How many of a step's micro-batches, the last ones, are none of this process's: the step's first sample once
+        more, which is to count nothing. Networks whose weights are spread over processes run in all or in none."""
+        return (self._missing(step) for step in range(self.first_step, self.max_steps))
+
     def __len__(self) -> int:
         return sum(self.counts())
 
@@ -70,7 +86,15 @@ class StepSampler(Sampler[list[int]]):
             yield from self._step(step)
 
     def _step(self, step: int) -> list[list[int]]:
-        return micro_batches(step, self.share, self.size_of(step) if self.size_of else None)
+        return self._own(step, self.share) + [[step * self.share.batch_size]] * self._missing(step)
+
+    def _missing(self, step: int) -> int:
+        if not self.even:
+            return 0
+        return len(self._own(step, replace(self.share, rank=0))) - len(self._own(step, self.share))
+
+    def _own(self, step: int, share: Share) -> list[list[int]]:
+        return micro_batches(step, share, self.size_of(step) if self.size_of else None)
 
 
 def _part(length: int, index: int, parts: int) -> tuple[int, int]:

@@ -132,7 +132,10 @@ class TrainSection(TrackerSection):
     Default: `data.batch_size` / processes."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Autocast of the forward pass. The frozen base is then held in this precision itself; trainable weights
-    stay fp32."""
+    stay fp32. Not written: what `accelerate launch` was told, or else `no`."""
+    wait_minutes: Annotated[float, Field(gt=0)] = 120
+    """The longest that processes of one launch wait for each other. The others wait while the first one draws and
+    measures, so this must be longer than any validation; one that hangs is noticed after it."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: a third slower, far less memory."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None

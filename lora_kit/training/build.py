@@ -22,11 +22,13 @@ from lora_kit.training.checkpoints import named_trainables
 from lora_kit.training.conditions import Conditions
 from lora_kit.training.ema import WeightAverage
 from lora_kit.training.held_out import MeasuredSet, train_subset
+from lora_kit.training.launch import sharding_of
 from lora_kit.training.max_norm import Limited, limited_modules
 from lora_kit.training.objective import adopt_schedule, build_objective, objective_notices
 from lora_kit.training.optimizers import build_optimizer, parameter_groups, up_matrices
 from lora_kit.training.precision import base_dtype
 from lora_kit.training.prepared import PreparedData, place_networks, prepare_data
+from lora_kit.training.sharding import shard
 from lora_kit.training.start import starting_updates
 from lora_kit.training.step import Learner
 
@@ -102,6 +104,11 @@ class Run(NamedTuple):
         return notices
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether the networks' weights are spread over the processes (FSDP)."""
+        return sharding_of(self.accelerator) is not None
+
+    @property
     def is_full(self) -> bool:
         """Whether the networks' own weights are trained, not adapters."""
         return self.plan.targets[0].method == "full"
@@ -122,8 +129,12 @@ def build_run(recipe: Recipe, accelerator: Accelerator, resumes: bool = False) -
     trains_text = any(target.module.component == "text_encoder" for target in plan.targets)
     bar = progress if accelerator.is_main_process else no_progress
     data = prepare_data(recipe, bundle, trains_text, accelerator, bar)
-    place_networks(bundle, data, trains_text, accelerator.device)
+    sharding = sharding_of(accelerator)
+    place_networks(bundle, data, trains_text, accelerator.device, sharded=sharding is not None)
     make_trainable(recipe, bundle, plan)
+    if sharding is not None:  # a frozen text encoder runs where a caption is new, so not everywhere at once
+        names = ("unet", "text_encoder") if trains_text else ("unet",)
+        shard({name: bundle.components[name] for name in names}, sharding, accelerator.device)
     trainable = named_trainables(bundle.components)
     by_module = trainable_parameters(bundle.components, plan)
     groups = parameter_groups(plan, by_module, recipe.optimizer, up_matrices(trainable))

@@ -22,6 +22,7 @@ from lora_kit.errors import TrainingError
 from lora_kit.training.checkpoint_folder import damage, put_in_place, temporary_folder, write_manifest
 from lora_kit.training.ema import WeightAverage
 from lora_kit.training.optimizer_state import flatten_optimizer, restore_optimizer
+from lora_kit.training.sharding import placed, whole
 
 
 @dataclass(frozen=True)
@@ -83,20 +84,27 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def save_checkpoint(folder: Path, progress: Progress, state: State) -> Path:
-    """Write `folder`/step-… under a temporary name, fsync every file, rename. If it fails, nothing is left of it."""
-    optimizer_tensors, optimizer_document = flatten_optimizer(state.optimizer)
+def save_checkpoint(folder: Path, progress: Progress, state: State, writes: bool = True) -> Path:
+    """Write `folder`/step-… under a temporary name, fsync every file, rename. If it fails, nothing is left of it.
+
+    Where tensors are sharded every process must call this, and all but the one that writes say `writes=False`.
+    """
+    trainable = _on_cpu(state.trainable, writes)
+    averages = _on_cpu(state.average.tensors(), writes)
+    optimizer_tensors, optimizer_document = flatten_optimizer(state.optimizer, writes)
     document = asdict(progress) | {
         "optimizer": optimizer_document,
         "ema_updates": state.average.updates,
         "scaler": state.scaler.state_dict() if state.scaler is not None else None,
     }
     path = folder / checkpoint_name(progress.step)
+    if not writes:
+        return path
     with temporary_folder(path) as temporary:
-        _save_tensors(state.trainable, temporary / "trainable.safetensors")
-        _save_tensors(optimizer_tensors, temporary / "optimizer.safetensors")
+        save_file(trainable, temporary / "trainable.safetensors")
+        save_file(optimizer_tensors, temporary / "optimizer.safetensors")
         if state.average.is_moving:
-            _save_tensors(state.average.tensors(), temporary / "ema.safetensors")
+            save_file(averages, temporary / "ema.safetensors")
         (temporary / "state.json").write_text(json.dumps(document), encoding="utf-8")
         write_manifest(temporary)
         put_in_place(temporary, path)
@@ -158,8 +166,14 @@ def named_trainables(components: Mapping[str, nn.Module]) -> dict[str, nn.Parame
     }
 
 
-def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
+def _on_cpu(tensors: Mapping[str, Tensor], keeps: bool) -> dict[str, Tensor]:
+    """The tensors whole, for a file; nothing if this process keeps none."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        made = whole(tensor.detach())  # in every process, whether or not it keeps it
+        if keeps:
+            found[name] = made.contiguous().cpu()
+    return found
 
 
 def _check_fits(path: Path, document: dict[str, Any], plan: dict[str, Any], base_hash: str) -> None:
@@ -178,4 +192,4 @@ def _check_fits(path: Path, document: dict[str, Any], plan: dict[str, Any], base
 def _copy(saved: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in tensors.items():
-            tensor.copy_(saved[name])
+            tensor.copy_(placed(saved[name], tensor))

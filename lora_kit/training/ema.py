@@ -11,6 +11,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from lora_kit.recipe import TrainSection
+from lora_kit.training.sharding import is_sharded
 
 
 class WeightAverage:
@@ -76,7 +77,7 @@ class WeightAverage:
             yield
             return
         # A copy, not the optimizer's own way back: that would round, and a validation would change the run.
-        trained = [parameter.detach().to("cpu", copy=True) for parameter in self._parameters]
+        trained = [_kept(parameter) for parameter in self._parameters]
         if self._model is not None:
             self._model.copy_to(self._parameters)
         if self._optimizer is not None:
@@ -99,6 +100,12 @@ class WeightAverage:
             return
         with self.applied():
             yield
+
+
+def _kept(parameter: nn.Parameter) -> Tensor:
+    """A copy on the CPU; of a sharded weight, which is a part only, where it is."""
+    own = parameter.detach()
+    return own.clone() if is_sharded(own) else own.to("cpu", copy=True)
 
 
 def _ema_model(parameters: list[nn.Parameter], section: TrainSection) -> EMAModel:

@@ -13,6 +13,7 @@ from lora_kit.training.folder import RunFolder
 from lora_kit.training.metrics import Metrics
 from lora_kit.training.result import write_result
 from lora_kit.training.resume import state_of
+from lora_kit.training.shares import written_by_main
 from lora_kit.training.validation import finish
 from lora_kit.training.verdict import verdict_line
 
@@ -78,11 +79,12 @@ def finish_run(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress
     if wanted == "best" and best is not None:
         step = _put_in(run, best)
     paths = write_result(run, folder, step)
-    figures = finish(run, folder, metrics, progress, step)
+    with written_by_main(run, folder) as place:
+        figures = finish(run, place, metrics, progress, step)
     if wanted != "both" or best is None:
-        return Outcome(paths, figures, is_main=True)
+        return Outcome(paths, figures, is_main=run.accelerator.is_main_process)
     beside = write_result(run, folder, _put_in(run, best), beside=True)
-    return Outcome(paths, figures, is_main=True, best_paths=tuple(beside))
+    return Outcome(paths, figures, is_main=run.accelerator.is_main_process, best_paths=tuple(beside))
 
 
 def told(figures: dict[str, Any], name: str) -> str:

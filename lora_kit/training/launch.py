@@ -3,24 +3,49 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from lora_kit.errors import RecipeError
 from lora_kit.recipe import Recipe
+from lora_kit.training.launcher import Sharding, take_sharding
+from lora_kit.training.sharding import check_sharding
 from lora_kit.training.trackers import logging_folder
 
 
+class LaunchedAccelerator(Accelerator):
+    """Accelerate's, which also knows whether the launch asked for FSDP."""
+
+    sharding: Sharding | None = None
+
+
+def sharding_of(accelerator: Accelerator) -> Sharding | None:
+    """How networks are to be spread over the processes; None: each has all of them."""
+    return getattr(accelerator, "sharding", None)
+
+
 def build_accelerator(recipe: Recipe) -> Accelerator:
-    """Device, processes and autocast. Raises RecipeError for what the machine cannot do."""
+    """Device, processes and autocast. Raises RecipeError for what the machine cannot do.
+
+    recipe: as `follow_launcher` gives it.
+    """
     if recipe.train.mixed_precision == "fp16" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         raise RecipeError("train.mixed_precision: fp16 needs a GPU and none was found. Use bf16 or no.")
-    accelerator = Accelerator(
+    sharding = take_sharding()
+    if sharding is not None:
+        check_sharding(recipe)
+    # Processes wait for each other while the first one draws and measures: torch's own limit is ten minutes.
+    wait = InitProcessGroupKwargs(timeout=timedelta(minutes=recipe.train.wait_minutes))
+    accelerator = LaunchedAccelerator(
         mixed_precision=recipe.train.mixed_precision,
+        kwargs_handlers=[wait],
         log_with=list(recipe.train.trackers) or None,
         project_dir=logging_folder(recipe),
     )
+    accelerator.sharding = sharding
     if accelerator.num_processes == 1 and _was_to_be_several():
         raise RecipeError(
             "`accelerate launch` was asked for several processes, and started one: with --cpu it starts more only "

@@ -16,6 +16,7 @@ from lora_kit.training.drift import DRIFT_PROMPTS, STEPS, DriftReference, drift,
 from lora_kit.training.held_out import MeasuredSet, draw_losses
 from lora_kit.training.intervals import Interval, difference_of_means, interval
 from lora_kit.training.prepared import visiting
+from lora_kit.training.shares import takes_part
 
 Losses = list[list[float]]
 """Of each picture, at each of its timesteps."""
@@ -42,9 +43,9 @@ class Measured(NamedTuple):
 def measure_base(run: Run, known: Base | None = None) -> Base:
     """Measure the base: before the first step, or before a checkpoint's weights are put in.
 
-    known: losses that a checkpoint has already. Only the main process measures.
+    known: losses that a checkpoint has already. Only processes that take part in validations measure.
     """
-    if not run.accelerator.is_main_process:
+    if not takes_part(run):
         return known or Base([], [])
     with at_strength(run, 1.0 if run.is_full else 0.0), run.accelerator.autocast():
         found = known or Base(_losses(run, run.held_out), _losses(run, run.train_subset))

@@ -11,19 +11,22 @@ from torch import Tensor
 
 from lora_kit.errors import TrainingError
 from lora_kit.training.one_rate import OneRateEach
+from lora_kit.training.sharding import placed, whole
 
 _RECIPES_OWN = {"params", "lr", "peak_lr", "initial_lr"}
 
 
-def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def flatten_optimizer(optimizer: torch.optim.Optimizer, keeps: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state's tensors as `<parameter index>.<key>`, and a JSON document that says where each belongs.
 
     Of the parameter groups, what is no argument of the optimizer's class is state too: Prodigy keeps its estimate
     there, the schedule-free ones their weights' sum. Arguments and rates stay the recipe's.
 
+    keeps: False in a process that only takes part in gathering sharded tensors; it gets none.
+
     Raises TrainingError for a state that is neither numbers, text nor tensors.
     """
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {} if keeps else _Nothing()
     state = {
         str(index): _encode(value, str(index), tensors) for index, value in optimizer.state_dict()["state"].items()
     }
@@ -63,6 +66,13 @@ def class_name(optimizer: torch.optim.Optimizer) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
+class _Nothing(dict[str, Tensor]):
+    """Forgets what it is given."""
+
+    def __setitem__(self, key: str, value: Tensor) -> None:
+        pass
+
+
 def _groups(optimizer: torch.optim.Optimizer) -> enumerate[dict[str, Any]]:
     return enumerate(optimizer.param_groups)
 
@@ -77,7 +87,7 @@ def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """JSON of `value`; its tensors go to `tensors`, under names that begin with `name`."""
     if isinstance(value, Tensor):
         # safetensors takes them on the CPU, contiguous, sharing memory with none.
-        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        tensors[name] = whole(value.detach()).cpu().clone(memory_format=torch.contiguous_format)
         return {"tensor": name}
     if isinstance(value, dict):
         items = cast("dict[Any, Any]", value).items()
@@ -110,7 +120,7 @@ def _laid_out(values: dict[str, Any], like: Tensor) -> dict[str, Any]:
     laid = dict(values)
     for key, value in values.items():
         if isinstance(value, Tensor) and value.shape == like.shape and value.dtype == like.dtype:
-            laid[key] = torch.empty_like(like, requires_grad=False).copy_(value)
+            laid[key] = torch.empty_like(like, requires_grad=False).copy_(placed(value, like))
     return laid
 
 

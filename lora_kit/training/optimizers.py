@@ -18,6 +18,7 @@ from lora_kit.recipe.optimizer import OPTIMIZERS
 from lora_kit.targeting import TargetPlan
 from lora_kit.targeting.rates import module_rates
 from lora_kit.training.one_rate import OneRateEach
+from lora_kit.training.sharding import is_sharded
 
 _FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
 
@@ -72,6 +73,8 @@ def build_optimizer(groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim
     kind = optimizer_class(section.name)
     options = _options(kind, recipe)
     _check_arguments(kind, section)
+    if kind is torch.optim.SGD and any(is_sharded(weight) for group in groups for weight in group["params"]):
+        options["fused"] = False  # torch 2.13 has this update for whole tensors only
 
     def make(part: list[dict[str, Any]]) -> torch.optim.Optimizer:
         with contextlib.redirect_stdout(io.StringIO()):  # Prodigy prints; standard output is for results

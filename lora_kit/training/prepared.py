@@ -58,15 +58,18 @@ def prepare_data(
     return PreparedData(sets[0], sets[1] if len(sets) > 1 else None, texts, notices)
 
 
-def place_networks(bundle: ModelBundle, data: PreparedData, trains_text: bool, device: torch.device) -> None:
+def place_networks(
+    bundle: ModelBundle, data: PreparedData, trains_text: bool, device: torch.device, sharded: bool = False
+) -> None:
     """Put on the device what steps need: the UNet, and the others only where not everything is kept of what they make.
 
-    Those that were there to fill a cache go back to the CPU.
+    Those that were there to fill a cache go back to the CPU. sharded: what is trained follows later, in parts.
     """
     cpu = torch.device("cpu")
-    _move(bundle.unet, device)
+    home = cpu if sharded else device
+    _move(bundle.unet, home)
     _move(bundle.vae, device if data.needs_vae else cpu)
-    _move(bundle.text_encoder, device if trains_text or not data.texts else cpu)
+    _move(bundle.text_encoder, home if trains_text else cpu if data.texts else device)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from lora_kit.training.build import ADAPTER, Run
 from lora_kit.training.folder import RunFolder
 from lora_kit.training.objective import schedule_facts
 from lora_kit.training.precision import DTYPES
+from lora_kit.training.sharding import whole_network
 
 SAVE_DTYPES = {**DTYPES, "fp32": DTYPES["no"]}
 
@@ -44,7 +46,7 @@ def write_result(run: Run, folder: RunFolder, step: int, beside: bool = False) -
         with run.average.final(moving=average):
             if run.is_full:
                 _write_model(run, path)
-            else:
+            elif run.accelerator.is_main_process:
                 _write_adapter(run, path, step, run.average.describe(moving=average))
     return [path for path, _ in places]
 
@@ -111,10 +113,15 @@ def _dtype(run: Run) -> torch.dtype:
 
 
 def _write_model(run: Run, path: Path) -> None:
-    """The whole base with its trained networks, in `save.dtype`, as a diffusers folder."""
+    """The whole base with its trained networks, in `save.dtype`, as a diffusers folder. Every process takes part in
+    gathering sharded networks, and the main one writes."""
+    keeps = run.accelerator.is_main_process
+    networks = {name: whole_network(network, keeps) for name, network in run.bundle.components.items()}
+    if not keeps:
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    pipe = pipeline(run.bundle)
+    pipe = pipeline(replace(run.bundle, **networks))
     pipe.to(dtype=_dtype(run))
     # As read: not with the padding of the last batch.
     pipe.tokenizer.backend_tokenizer.no_padding()

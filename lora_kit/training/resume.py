@@ -41,6 +41,7 @@ _NOT_TOLD = (
     "train.tracker_options",
     "train.non_finite",
     "train.max_non_finite",
+    "train.wait_minutes",
 )
 
 

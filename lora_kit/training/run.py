@@ -7,10 +7,8 @@ import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import cast
 
-import torch
-from torch import Tensor
+from accelerate import Accelerator
 
 from lora_kit.data import Batch, make_loader
 from lora_kit.errors import LoraKitError, TrainingError
@@ -21,17 +19,20 @@ from lora_kit.training.checkpoint_folder import mark_best, newest_whole, remove_
 from lora_kit.training.checkpoints import Progress, checkpoint_name, save_checkpoint
 from lora_kit.training.disk import full_disk_told
 from lora_kit.training.finish import Outcome, finish_run
-from lora_kit.training.folder import RunFolder, checkpoint_to_resume, prepare_folder
+from lora_kit.training.folder import RunFolder, prepare_folder
 from lora_kit.training.launch import build_accelerator
+from lora_kit.training.launcher import follow_launcher
 from lora_kit.training.max_norm import limit_norms
 from lora_kit.training.measuring import Base
 from lora_kit.training.metrics import Metrics, NoMetrics
 from lora_kit.training.optimizers import check_optimizer, set_learning_rate
 from lora_kit.training.resume import begin, state_of
 from lora_kit.training.schedules import Rewarm, learning_rate_factor
+from lora_kit.training.shares import common_facts, takes_part, written_by_main
 from lora_kit.training.signals import InterruptedRunError, StopSignals
 from lora_kit.training.step import StepMetrics, training_step
-from lora_kit.training.trackers import check_trackers, start_trackers
+from lora_kit.training.together import agreed, common_checkpoint, lost_process_told, require_same
+from lora_kit.training.trackers import check_trackers, start_trackers, stop_trackers
 from lora_kit.training.validation import validate
 from lora_kit.training.verdict import reason_to_stop, with_validation
 
@@ -42,14 +43,21 @@ def train(recipe: Recipe) -> Outcome:
     Raises LoraKitError for what the user can mend, TrainingError when the run cannot go on, InterruptedRunError after
     a signal, once the step is finished and saved.
     """
+    recipe = follow_launcher(recipe)
     check_trackers(recipe)
     accelerator = build_accelerator(recipe)
-    check_optimizer(recipe, accelerator.device)
     folder = RunFolder(Path(recipe.output_dir))
+    with lost_process_told(accelerator, partial(_last_whole, folder)):
+        return _train_in(folder, recipe, accelerator)
+
+
+def _train_in(folder: RunFolder, recipe: Recipe, accelerator: Accelerator) -> Outcome:
+    check_optimizer(recipe, accelerator.device)
     damaged = prepare_folder(recipe) if accelerator.is_main_process else []
     accelerator.wait_for_everyone()
-    checkpoint = checkpoint_to_resume(recipe)
+    checkpoint = common_checkpoint(accelerator, recipe)
     run = build_run(recipe, accelerator, resumes=checkpoint is not None)
+    require_same(accelerator, common_facts(run))
     progress, notices, base = begin(run, checkpoint)
     start_trackers(accelerator, recipe)
     with full_disk_told(folder.root, partial(_last_whole, folder)):
@@ -63,12 +71,12 @@ def train(recipe: Recipe) -> Outcome:
                 return _train(run, folder, metrics, progress, base)
             finally:
                 _list_skipped(run, folder, metrics)
-                accelerator.end_training()
+                stop_trackers(accelerator)
 
 
 def _train(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress, base: Base) -> Outcome:
     recipe = run.recipe
-    loader = make_loader(run.data, recipe, run.accelerator, first_step=progress.step)
+    loader = make_loader(run.data, recipe, run.accelerator, first_step=progress.step, even=run.is_sharded)
     with StopSignals() as signals:
         _link_best(run, folder, progress)  # as the checkpoint knows it, which may be an older one
         # That of step 0, or one that a kill cut off after its checkpoint.
@@ -85,12 +93,12 @@ def _train(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress, ba
             over = _is_over(run, progress)
             if over or _due(recipe.save.every, progress.step):
                 _save(run, folder, progress)
-            elif _is_best(run, progress) and run.accelerator.is_main_process:
+            elif _is_best(run, progress) and takes_part(run):
                 _write_checkpoint(run, folder, progress)
             if over:
                 break
     run.accelerator.wait_for_everyone()
-    if not run.accelerator.is_main_process:
+    if not takes_part(run):
         return Outcome([], {}, is_main=False)
     _link_best(run, folder, progress)
     return finish_run(run, folder, metrics, progress)
@@ -141,20 +149,21 @@ def _validated(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress
     """The progress with the validation of its step, where one is due and was not done before a resume."""
     step = progress.step
     due = step in (0, run.recipe.train.max_steps) or _due(run.recipe.validation.every, step)
-    if not due or progress.validated or not run.accelerator.is_main_process:
+    if not due or progress.validated or not takes_part(run):
         return progress
-    return with_validation(progress, validate(run, folder, metrics, step, base))
+    with written_by_main(run, folder) as place:
+        found = validate(run, place, metrics, step, base)
+    if run.is_sharded:  # what is best is decided once
+        found = agreed(run.accelerator, found)
+    return with_validation(progress, found)
 
 
 def _is_over(run: Run, progress: Progress) -> bool:
     """Whether the run ends after this step: its last, or stopped early. All processes come to the same."""
-    if progress.step == run.recipe.train.max_steps:
-        return True
-    stops = bool(reason_to_stop(progress.history, run.recipe.validation.early_stop))
-    if run.recipe.validation.early_stop is None or run.accelerator.num_processes == 1:
-        return stops
-    told = torch.tensor(float(stops and run.accelerator.is_main_process), device=run.accelerator.device)
-    return bool(cast(Tensor, run.accelerator.reduce(told, "sum")))  # only the main process validates
+    rule, step = run.recipe.validation.early_stop, progress.step
+    if step == run.recipe.train.max_steps or rule is None or not _due(run.recipe.validation.every, step):
+        return step == run.recipe.train.max_steps
+    return agreed(run.accelerator, bool(reason_to_stop(progress.history, rule)))  # the main process has validated
 
 
 def _due(every: int, step: int) -> bool:
@@ -167,7 +176,7 @@ def _is_best(run: Run, progress: Progress) -> bool:
 
 
 def _save(run: Run, folder: RunFolder, progress: Progress) -> None:
-    if run.accelerator.is_main_process:
+    if takes_part(run):
         _write_checkpoint(run, folder, progress)
     run.accelerator.wait_for_everyone()
 
@@ -175,7 +184,10 @@ def _save(run: Run, folder: RunFolder, progress: Progress) -> None:
 def _write_checkpoint(run: Run, folder: RunFolder, progress: Progress) -> None:
     path = folder.checkpoints / checkpoint_name(progress.step)
     with full_disk_told(path, partial(_last_whole, folder)):
-        save_checkpoint(folder.checkpoints, progress, state_of(run))
+        writes = run.accelerator.is_main_process
+        save_checkpoint(folder.checkpoints, progress, state_of(run), writes)
+        if not writes:
+            return
         _link_best(run, folder, progress)
         remove_old(folder.checkpoints, progress.step, run.recipe.save.keep)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -25,6 +25,10 @@ from lora_kit.training.objective import (
     sample_losses,
     wanted_prediction,
 )
+from lora_kit.training.sharding import is_sharded, whole
+
+BUCKET = 2**26
+"""Elements of gradient summed over processes at a time: 256 MiB, beside a whole network's 3.4 GB."""
 
 
 class Learner(NamedTuple):
@@ -121,13 +125,30 @@ def _backward_nothing(learner: Learner) -> Tensor:
 
 
 def _sum_gradients(learner: Learner) -> None:
-    """Sum gradients over processes in one flat buffer: adapters are small, one all-reduce is cheapest."""
+    """Sum gradients over processes in flat buffers; an adapter's mostly fit one, and one all-reduce is cheapest.
+
+    Those of sharded weights were summed in the backward pass.
+    """
     if learner.accelerator.num_processes == 1:
         return
-    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in learner.parameters]
-    flat = cast(Tensor, learner.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "sum"))
-    for parameter, part in zip(learner.parameters, flat.split([g.numel() for g in gradients]), strict=True):
-        parameter.grad = part.view_as(parameter)
+    for parameters in _buckets([p for p in learner.parameters if not is_sharded(p)]):
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        flat = cast(Tensor, learner.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "sum"))
+        for parameter, part in zip(parameters, flat.split([g.numel() for g in gradients]), strict=True):
+            parameter.grad = part.view_as(parameter)
+
+
+def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """The parameters in their order, BUCKET elements together or a little more."""
+    bucket, count = list[nn.Parameter](), 0
+    for parameter in parameters:
+        bucket.append(parameter)
+        count += parameter.numel()
+        if count >= BUCKET:
+            yield bucket
+            bucket, count = [], 0
+    if bucket:
+        yield bucket
 
 
 def _clip(learner: Learner) -> Tensor:
@@ -136,6 +157,11 @@ def _clip(learner: Learner) -> Tensor:
     `parameters` is a list: an iterator handed to the optimizer and then here would be empty by now.
     """
     limit = learner.max_grad_norm or math.inf
+    if any(is_sharded(parameter) for parameter in learner.parameters):
+        gradients = [p.grad for p in learner.parameters if p.grad is not None]
+        total = whole(torch.nn.utils.get_total_norm(gradients))
+        torch.nn.utils.clip_grads_with_norm_(learner.parameters, limit, total)
+        return total
     norm = learner.accelerator.clip_grad_norm_(learner.parameters, limit)
     assert norm is not None
     return norm

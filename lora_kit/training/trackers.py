@@ -43,6 +43,13 @@ def start_trackers(accelerator: Accelerator, recipe: Recipe) -> None:
         accelerator.init_trackers(section.tracker_project, config, section.tracker_options)
 
 
+def stop_trackers(accelerator: Accelerator) -> None:
+    """End the trackers' runs. Not `end_training`, which ends the processes' group as well."""
+    for tracker in accelerator.trackers:
+        if accelerator.is_main_process or not tracker.main_process_only:
+            tracker.finish()
+
+
 def logging_folder(recipe: Recipe) -> Path | None:
     """Where trackers that write files put them."""
     return Path(recipe.output_dir) / "logs" if recipe.train.trackers else None
