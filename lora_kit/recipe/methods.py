@@ -37,7 +37,7 @@ class MethodSection(Section):
     """`lora`: ΔW = alpha / rank · up · down (Hu et al. 2021). `rslora`: alpha / √rank instead (Kalajdzievski 2023).
     `dora`: lora, and each output's magnitude apart from its direction (Liu et al. 2024). `loha`: the elementwise
     product of two such pairs, of rank up to rank² (Hyeon-Woo et al. 2022). `lokr`: a Kronecker product (Yeh et al.
-    2023). `oft`, `boft`: the weight's outputs turned by orthogonal blocks (Qiu et al. 2023, Liu et al. 2023). `diff`:
+    2023). `oft`, `boft`: the weight's outputs turned by orthogonal blocks (Qiu et al. 2023, Liu et al. 2024). `diff`:
     the whole difference of the module's weight and bias, norms' too, kept in the adapter. `full`: the networks' own
     weights, and a whole model as the result."""
     rank: Positive = 16

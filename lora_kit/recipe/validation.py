@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -154,13 +154,12 @@ def validation_problems(recipe: Recipe) -> Iterator[Problem]:
 
 def result_problems(recipe: Recipe) -> Iterator[Problem]:
     """`save.result`: the best step is known only where there is a held-out loss, and kept only if asked."""
-    wanted: Literal["last", "best", "both"] = recipe.save.result
-    if wanted == "last":
+    if recipe.save.result != "best":
         return
     if recipe.validation.held_out is None:
-        yield Problem(("save", "result"), f"`{wanted}` needs `validation.held_out`, whose loss tells the best step.")
+        yield Problem(("save", "result"), "`best` needs `validation.held_out`, whose loss tells the best step.")
     if not recipe.save.best:
-        yield Problem(("save", "result"), f"`{wanted}` needs the best checkpoint: remove `save.best: false`.")
+        yield Problem(("save", "result"), "`best` needs the best checkpoint: remove `save.best: false`.")
 
 
 def _without_held_out(section: ValidationSection) -> Iterator[Problem]:

@@ -96,9 +96,12 @@ def told(figures: dict[str, Any], name: str) -> str:
 
 def _best_checkpoint(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress) -> Path | None:
     """The checkpoint of the best step, where the result is to hold its weights; None, and said, if there is none."""
-    if run.recipe.save.result == "last" or progress.best is None:
+    section = run.recipe.save
+    if section.result == "last" or not section.best or progress.best is None:
         return None
     step = int(progress.best["step"])
+    if step == progress.step and section.result == "both":
+        return None  # one file says it
     path = folder.checkpoints / checkpoint_name(step)
     if path.is_dir():
         return path

@@ -51,7 +51,7 @@ def test_what_cannot_be_is_said(validation: dict[str, Any], path: str, said: str
 
 def test_the_best_result_needs_a_held_out_loss_and_its_checkpoint() -> None:
     assert "needs `validation.held_out`" in problems(save={"result": "best"})["save.result"]
-    found = problems(save={"result": "both", "best": False}, validation={"held_out": 0.1})
+    found = problems(save={"result": "best", "best": False}, validation={"held_out": 0.1})
     assert "best checkpoint" in found["save.result"]
 
 

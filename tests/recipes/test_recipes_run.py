@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
@@ -15,6 +16,7 @@ from lora_kit.adapters import load_adapter
 from lora_kit.models import load_bundle
 from lora_kit.recipe import load_recipe
 from lora_kit.training import train
+from lora_kit.training.result import SAVE_DTYPES
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -77,8 +79,21 @@ def test_it_trains_two_steps_and_the_result_can_be_loaded(
     outcome = train(load_recipe(copy, small))
     assert (tmp_path / "run" / "checkpoints" / "step-000002").is_dir()
     for path in outcome.paths:
+        base = load_bundle(load_recipe(copy, small).model)
         if path.is_dir():
-            StableDiffusionPipeline.from_pretrained(path, safety_checker=None)
+            trained = StableDiffusionPipeline.from_pretrained(path, safety_checker=None)
+            dtype = SAVE_DTYPES[as_written.save.dtype]
+            changed = {name: moved(getattr(base, name), getattr(trained, name), dtype) for name in ("unet", "vae")}
+            assert changed["unet"] > 0.5  # what two steps at a small rate leave in the file's fp16
+            assert changed["vae"] == 0
         else:
-            updates = load_adapter(load_bundle(load_recipe(copy, small).model), path).updates
-            assert any(update.up.any() for update in updates.values())
+            updates = load_adapter(base, path).updates
+            still = [name for name, update in updates.items() if not update.weight_delta(1.0).any()]
+            assert not still
+
+
+def moved(before, after, dtype) -> float:
+    """The share of a network's parameters that are not the same any more, in the precision that was saved."""
+    others = dict(after.named_parameters())
+    pairs = [(weight, others[name]) for name, weight in before.named_parameters()]
+    return sum(not torch.equal(one.to(dtype), other.to(dtype)) for one, other in pairs) / len(pairs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -129,6 +130,26 @@ def test_a_sharded_run_goes_on_with_another_number_of_processes(recipes, tmp_pat
     said = well(launch(1, recipe, out, "train.resume=latest"))
     assert "step-000005, after step 5" in said
     assert_same_run(one, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_sharded_networks_are_validated_and_their_best_is_kept_as_in_one_process(recipes, tmp_path, method):
+    # A rate at which the loss rises, so that the best is not the last; then the run ends early.
+    recipe, _ = recipes[method]
+    rising = ["validation.every=2", "save.best=true", "save.every=4", "validation.early_stop={patience: 2}"]
+    rising += ["optimizer.lr=2.0", "train.max_steps=30"]
+    for processes, flags in ((1, ()), (2, FSDP)):
+        well(launch(processes, recipe, f"output_dir={tmp_path / str(processes)}", *rising, flags=flags))
+    figures = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("1", "2")]
+    assert figures[0].keys() == figures[1].keys()
+    steps = [[path.name for path in find_checkpoints(tmp_path / name / "checkpoints")] for name in ("1", "2")]
+    assert steps[0] == steps[1]
+    assert figures[0]["best_step"] == figures[1]["best_step"]
+    assert figures[0]["held_out_base_loss"] == pytest.approx(figures[1]["held_out_base_loss"], rel=ROUNDING)
+    results = [weights_of(tmp_path / name) for name in ("1", "2")]
+    assert results[0].keys() == results[1].keys()
+    assert any("best" in name for name in results[0])
 
 
 STEPS = 4000  # far more than are done before the run is stopped
