@@ -23,7 +23,6 @@ from lora_kit.data.records import Flaw, Records, fingerprint, name_some, settle_
 from lora_kit.data.samples import KeptLatents, Sample
 from lora_kit.data.sizes import KnownSize, read_sizes
 from lora_kit.data.sources import open_records
-from lora_kit.data.split import part_held_out
 from lora_kit.errors import DataError
 from lora_kit.progress import ProgressBar, progress
 from lora_kit.recipe import BucketSection, DataSection, SourceSection, expand_sources
@@ -208,22 +207,8 @@ def open_training_set(
     return TrainingSet(records, section, seed, sizes=sizes, latent_factor=latent_factor)
 
 
-def open_both_sets(
-    section: DataSection, fraction: float, seed: int, bar: ProgressBar, known: KnownSize | None, latent_factor: int
-) -> list[TrainingSet]:
-    """`open_training_set` with a part of the pictures held out: the set trained on, and the held-out one."""
-    section = expand_sources(section, Path.cwd())
-    parts = part_held_out(open_records(section), fraction)
-    sections = (section, plain_section(section, None))
-    found: list[TrainingSet] = []
-    for own, records in zip(sections, parts, strict=True):
-        sizes = read_sizes(records, own.workers, bar, known) if own.buckets else None
-        found.append(TrainingSet(records, own, seed, sizes=sizes, latent_factor=latent_factor))
-    return found
-
-
-def plain_section(section: DataSection, source: SourceSection | None) -> DataSection:
-    """The section of held-out pictures: this one source (None: those of `section`), nothing random, one resolution."""
+def plain_section(section: DataSection, sources: Sequence[SourceSection]) -> DataSection:
+    """The section of held-out pictures: these sources, nothing random, each at one resolution."""
     buckets = section.buckets and section.buckets.model_copy(update={"resolutions": None})
     plain: dict[str, Any] = {"flip": False, "caption_dropout": 0.0, "crop": "center", "buckets": buckets}
-    return section.model_copy(update=plain if source is None else {**plain, "sources": [source]})
+    return section.model_copy(update={**plain, "sources": list(sources)})

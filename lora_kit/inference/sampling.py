@@ -76,6 +76,18 @@ def draw(
     return pictures
 
 
+def sample_latents(
+    bundle: ModelBundle, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings
+) -> Tensor:
+    """The latents [b, c, h, w] that `draw` decodes, fp32, as training sees them. Arguments as there."""
+    _check(bundle, settings)
+    size = fitting_batch_size(settings)
+    starts = range(0, len(prompts), size)
+    with evaluating(bundle.unet, bundle.text_encoder), torch.no_grad():
+        parts = [_denoise(bundle, prompts[at : at + size], seeds[at : at + size], settings) for at in starts]
+    return torch.cat(parts)
+
+
 def fitting_batch_size(settings: SamplingSettings) -> int:
     """How many pictures of this size are drawn at once."""
     return max(1, min(LARGEST_BATCH, BATCH_PIXELS // (settings.width * settings.height)))

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from lora_kit.recipe.base import Problem
-from lora_kit.recipe.buckets import side_problem
 from lora_kit.recipe.methods import IN_PEFT_LAYERS, WITH_UP_AND_DOWN
 from lora_kit.recipe.objective import prediction_problems
 from lora_kit.recipe.rules import PresetRules, TargetRule
 from lora_kit.recipe.schedule import schedule_problems
+from lora_kit.recipe.validation import result_problems, validation_problems
 
 if TYPE_CHECKING:
     from lora_kit.recipe.sections import Recipe
@@ -24,7 +24,8 @@ def recipe_problems(recipe: Recipe) -> Iterator[Problem]:
     yield from schedule_problems(recipe.schedule, recipe.optimizer, recipe.train.max_steps)
     yield from _averages(recipe)
     yield from _lora_plus(recipe)
-    yield from _validation(recipe)
+    yield from validation_problems(recipe)
+    yield from result_problems(recipe)
     yield from _targets_of_sources(recipe)
     yield from _prediction(recipe)
     yield from _begins_at_adapter(recipe)
@@ -166,24 +167,3 @@ def _targets_of_sources(recipe: Recipe) -> Iterator[Problem]:
         if source.target == "base":
             said = "`target: base` needs the base's own weights, which `method: full` changes; train adapters"
             yield Problem(("data", "sources", index, "target"), f"{said}, or give regularisation pictures.")
-
-
-def _validation(recipe: Recipe) -> Iterator[Problem]:
-    held_out = recipe.validation.held_out
-    if recipe.validation.retrieval and not recipe.validation.measures:
-        said = "`retrieval: true` needs `validation.held_out`: captions to draw and pictures to compare with."
-        yield Problem(("validation", "retrieval"), said)
-    for name in sorted(recipe.train.tracker_options.keys() - set(recipe.train.trackers)):
-        said = f"options of `{name}`, which `train.trackers` does not name; add it there, or remove them."
-        yield Problem(("train", "tracker_options", name), said)
-    if held_out is None:
-        return
-    said = side_problem(recipe.data.buckets, held_out.resolution or recipe.data.resolution)
-    if said:
-        where = ("validation", "held_out", "resolution") if held_out.resolution else ("data", "resolution")
-        yield Problem(where, f"{said} Held-out pictures are measured at it.")
-    for index, source in enumerate(recipe.data.sources):
-        same = ("path", "config", "split", "where")
-        if all(getattr(source, key) == getattr(held_out, key) for key in same):
-            said = f"is the same set as data.sources.{index}, which is trained on; "
-            yield Problem(("validation", "held_out"), f"{said}name other pictures, or part them with `where`.")

@@ -69,7 +69,7 @@ def recipe_schema() -> dict[str, Any]:
 
 def _with_subsets(recipe: Recipe, path: Path) -> Recipe:
     """The recipe with the subsets of its data-set TOMLs as sources."""
-    held_out = recipe.validation.held_out
+    held_out = recipe.validation.source
     if held_out is not None and held_out.path.lower().endswith(".toml"):
         said = "got a data-set TOML, which is several sources; name the folder of pictures that are held out."
         raise recipe_error(str(path), [Problem(("validation", "held_out", "path"), said)])

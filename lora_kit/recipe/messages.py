@@ -13,7 +13,9 @@ from lora_kit.errors import RecipeError, did_you_mean
 from lora_kit.recipe.base import Problem, Section, shown
 from lora_kit.recipe.rules import SECTION_OF_TAG
 from lora_kit.recipe.sections import Recipe
+from lora_kit.recipe.validation import HELD_OUT_TAGS
 
+_TAGS = {**SECTION_OF_TAG, **HELD_OUT_TAGS}
 _NUMBER = re.compile(r"[-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?")
 _ALLOWED = {
     "int_type": "must be a whole number",
@@ -89,8 +91,8 @@ def _section_at(loc: tuple[int | str, ...]) -> type[Section]:
     """The section that an error path leads to."""
     section: type[Section] = Recipe
     for part in loc:
-        if isinstance(part, str) and part in SECTION_OF_TAG:
-            section = SECTION_OF_TAG[part]
+        if isinstance(part, str) and part in _TAGS:
+            section = _TAGS[part]
         elif isinstance(part, str) and part in section.model_fields:
             found = _sections_in(section.model_fields[part].annotation)
             section = found[0] if found else section

@@ -16,6 +16,11 @@ class SaveSection(Section):
     """Checkpoints kept beside the best one; older ones of this run are removed."""
     best: bool = True
     """With `validation.held_out`: keep the checkpoint of the lowest held-out loss too, as `checkpoints/best`."""
+    result: Literal["last", "best", "both"] = "both"
+    """Whose weights the result holds: the last step's, or those of the lowest held-out loss (`validation.held_out`).
+    `both`: the last step's, and where another step was better its beside them, as adapter.best.safetensors (a full
+    fine-tune: model_best).
+    A finished run gives them, too, with train.resume=latest."""
     format: Literal["kohya", "diffusers", "peft"] = "kohya"
     """Layout of the result. `kohya`: sd-scripts' names with LyCORIS's for other methods, adapter.safetensors.
     `diffusers`: what its `load_lora_weights` writes, the same file. `peft`: a folder, adapter/. The last two hold

@@ -5,7 +5,7 @@ This module imports no torch: a recipe is checked before anything heavy is loade
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -31,7 +31,8 @@ from lora_kit.recipe.save import SaveSection
 from lora_kit.recipe.schedule import ScheduleSection
 from lora_kit.recipe.sources import Alpha, SourceSection, weight_problems
 from lora_kit.recipe.timesteps import TimestepSection
-from lora_kit.recipe.validation import ValidationSection
+from lora_kit.recipe.trackers import TrackerSection
+from lora_kit.recipe.validation import EarlyStopSection, SplitSection, ValidationSection
 
 __all__ = [
     "BucketSection",
@@ -39,6 +40,7 @@ __all__ = [
     "CaptionRules",
     "CaptionSection",
     "DataSection",
+    "EarlyStopSection",
     "Method",
     "ModelSection",
     "ObjectiveSection",
@@ -51,6 +53,7 @@ __all__ = [
     "ScheduleSection",
     "Section",
     "SourceSection",
+    "SplitSection",
     "TargetItem",
     "TargetRule",
     "Targets",
@@ -119,7 +122,7 @@ class DataSection(CacheSection):
         return self
 
 
-class TrainSection(Section):
+class TrainSection(TrackerSection):
     """Length and mechanics of the run."""
 
     max_steps: Positive = 1000
@@ -148,11 +151,6 @@ class TrainSection(Section):
     """With `non_finite: skip`: stop after more than this many such steps in a row."""
     log_every: Positive = 10
     """Optimizer steps between lines of metrics.jsonl."""
-    trackers: list[str] = Field(default=[])
-    """Where the same figures go, beside metrics.jsonl and TensorBoard: any tracker of Accelerate's by name, such as
-    `wandb`, `mlflow` or `aim`. Its package must be installed. One run of a project named after `output_dir`."""
-    tracker_options: dict[str, dict[str, Any]] = Field(default={})
-    """Tracker → arguments of its start, such as `{wandb: {entity: me, name: first try}}`."""
     resume: PathText | None = None
     """`latest`: go on from the newest whole checkpoint of `output_dir`, or begin if there is none. Or a
     checkpoint's folder."""

@@ -14,7 +14,6 @@ from lora_kit.adapters import Update, inject, read_raw, trainable_parameters
 from lora_kit.adapters.state import adaptable_modules
 from lora_kit.data import Flaw, TrainingSet
 from lora_kit.data.records import name_some
-from lora_kit.data.split import some_of
 from lora_kit.models import ModelBundle, base_hash, load_bundle
 from lora_kit.progress import no_progress, progress
 from lora_kit.recipe import Recipe
@@ -22,7 +21,7 @@ from lora_kit.targeting import TargetPlan, make_plan, module_tree
 from lora_kit.training.checkpoints import named_trainables
 from lora_kit.training.conditions import Conditions
 from lora_kit.training.ema import WeightAverage
-from lora_kit.training.held_out import HeldOut
+from lora_kit.training.held_out import MeasuredSet, train_subset
 from lora_kit.training.launch import sharding_of
 from lora_kit.training.max_norm import Limited, limited_modules
 from lora_kit.training.objective import adopt_schedule, build_objective, objective_notices
@@ -64,19 +63,21 @@ class Run(NamedTuple):
         return self.prepared.training
 
     @property
-    def held_out(self) -> HeldOut | None:
-        """What is measured on, and how."""
+    def held_out(self) -> MeasuredSet | None:
+        """The held-out pictures, and how they are measured."""
         section, pictures = self.recipe.validation, self.prepared.held_out
-        return HeldOut(pictures, section.held_out_timesteps, section.seed) if pictures is not None else None
+        if pictures is None:
+            return None
+        return MeasuredSet(pictures, tuple(range(pictures.record_count)), section.held_out_timesteps, section.seed)
 
     @property
-    def measured_training(self) -> HeldOut | None:
-        """Training pictures that are measured like the held-out ones."""
-        held_out, section = self.held_out, self.recipe.validation
+    def train_subset(self) -> MeasuredSet | None:
+        """As many training pictures, measured in the same way."""
+        section, held_out = self.recipe.validation, self.prepared.held_out
         if held_out is None or not section.train_subset:
             return None
-        records = some_of(self.data.records, min(section.train_subset, held_out.pictures.record_count))
-        return held_out._replace(pictures=self.data, records=records) if records else None
+        records = train_subset(self.data, held_out.record_count, section.seed)
+        return MeasuredSet(self.data, records, section.held_out_timesteps, section.seed, "train-subset")
 
     @property
     def skipped(self) -> list[Flaw]:

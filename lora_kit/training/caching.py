@@ -33,7 +33,7 @@ from lora_kit.data.cache import (
 )
 from lora_kit.data.records import MAX_NAMED, Flaw, settle_flaws
 from lora_kit.data.scan import tell_findings
-from lora_kit.data.training_set import open_both_sets
+from lora_kit.data.split import open_parted_sets
 from lora_kit.inference.sampling import vae_factor
 from lora_kit.models import ModelBundle
 from lora_kit.models.fingerprints import text_encoder_fingerprint, tokenizer_fingerprint, vae_fingerprint
@@ -142,12 +142,10 @@ def data_sets(
 ) -> list[TrainingSet]:
     """The training set and, if there is one, the held-out set. Only with buckets, and only where there is no hint, are
     pictures' headers read. latent_factor: as TrainingSet's."""
-    if recipe.validation.held_out_fraction is not None:
-        known = known_size(hints) if hints else None
-        return open_both_sets(recipe.data, recipe.validation.held_out_fraction, recipe.seed, bar, known, latent_factor)
-    sections = [recipe.data]
-    if recipe.validation.held_out is not None:
-        sections.append(plain_section(recipe.data, recipe.validation.held_out))
+    held_out, split = recipe.validation.source, recipe.validation.split
+    if split is not None:
+        return open_parted_sets(recipe.data, split, recipe.seed, bar, hints, latent_factor)
+    sections = [recipe.data, *([plain_section(recipe.data, [held_out])] if held_out else [])]
     known = known_size(hints) if hints else None
     return [
         open_training_set(section, recipe.seed, bar=bar, known=known, latent_factor=latent_factor)

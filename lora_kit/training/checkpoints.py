@@ -34,7 +34,7 @@ class Progress:
     plan: dict[str, Any]
     """The plan as JSON: a checkpoint fits only the plan it was made with."""
     base_losses: list[list[float]]
-    """The untrained base's losses of the held-out pictures, at each of their timesteps."""
+    """Held-out losses of the untrained base, of each picture at each timestep."""
     data: str = ""
     """The training set's fingerprint."""
     base_hash: str = ""
@@ -43,10 +43,14 @@ class Progress:
     """The recipe as JSON, for telling what changed."""
     history: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
     """Validations done: {"step": …, and its figures if there is a held-out set}."""
-    base_trained: list[list[float]] = field(default_factory=list[list[float]])
-    """The same of the training pictures that are measured like them."""
-    best_losses: list[float] = field(default_factory=list[float])
-    """Held-out losses, picture by picture, of the best validation."""
+    train_base_losses: list[list[float]] = field(default_factory=list[list[float]])
+    """As `base_losses`, of the training subset."""
+    best_losses: list[list[float]] = field(default_factory=list[list[float]])
+    """As `base_losses`, of the weights of the lowest held-out loss."""
+    last_losses: list[list[float]] = field(default_factory=list[list[float]])
+    """As `base_losses`, of the last validation's weights."""
+    measured_with: str = ""
+    """What the losses were measured on, and how: a hash."""
     skipped_in_row: int = 0
     """Steps just before this that were left out as not finite (`train.non_finite: skip`)."""
     rewarm: tuple[int, int] = (0, 0)
@@ -131,12 +135,17 @@ def load_checkpoint(path: Path, plan: dict[str, Any], base_hash: str, state: Sta
     restore_optimizer(state.optimizer, moments, document["optimizer"])
     if state.scaler is not None and document["scaler"]:
         state.scaler.load_state_dict(document["scaler"])
-    lacking = [entry.name for entry in fields(Progress) if entry.name not in document]
-    if lacking:
-        raise TrainingError(f"{path} is of an older lora_kit (it has no {', '.join(lacking)}). Begin a new run.")
-    known: dict[str, Any] = {entry.name: document[entry.name] for entry in fields(Progress)}
+    known: dict[str, Any] = {entry.name: document[entry.name] for entry in fields(Progress) if entry.name in document}
     known["rewarm"] = tuple(known["rewarm"])
     return Progress(**known)
+
+
+def losses_known(path: Path, measured_with: str) -> tuple[list[list[float]], list[list[float]]] | None:
+    """`base_losses` and `train_base_losses` of a whole checkpoint, if they were measured in this way."""
+    document = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    if document.get("measured_with", "") != measured_with:
+        return None
+    return document["base_losses"], document.get("train_base_losses", [])
 
 
 def damaged(path: Path, reason: str) -> TrainingError:

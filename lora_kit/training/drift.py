@@ -1,70 +1,96 @@
-"""How far training moved the network where it should have stayed: on prompts that have nothing to do with the data."""
+"""Prior drift: how far predictions for unrelated prompts have moved from the base's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lora_kit.diffusion import generator_for
+from lora_kit.diffusion import Draws, add_noise, generator_for, seed_for, stratified_timesteps
+from lora_kit.inference.sampling import SamplingSettings, sample_latents
 from lora_kit.models import ModelBundle
-from lora_kit.models.pipelines import scheduler_named
+from lora_kit.training.conditions import Conditions
+from lora_kit.training.held_out import BATCH
+from lora_kit.training.objective import Noised, Objective, wanted_prediction
 
-STEPS = 8
-"""Points on the base's way from noise to a picture."""
+DRIFT_PROMPTS = (
+    "a photo of a dog on a beach",
+    "a portrait of an old woman",
+    "a bowl of fruit on a wooden table",
+    "a street in a city at night",
+    "a mountain lake in the morning",
+    "a red car in front of a house",
+    "an oil painting of a ship at sea",
+    "a drawing of a tree",
+)
+"""Daily things in several manners, for recipes that name none."""
+STEPS = 10
+"""Sampler steps at most of the base's pictures: they need not be fine, they are noised again."""
 
-Conditions = Callable[[list[str]], Any]
 
+class DriftReference(NamedTuple):
+    """What the base makes of the prompts: everything on the CPU, b = prompts × timesteps, prompt after prompt."""
 
-class Trace(NamedTuple):
-    """One prompt's way through the base, without guidance."""
-
-    prompt: str
-    latents: Tensor
-    """[steps, c, h, w], what the base was asked about."""
-    timesteps: Tensor
-    """int64 [steps]."""
+    prompts: tuple[str, ...]
+    noised: Noised
+    """Its own pictures' latents, noised."""
     predictions: Tensor
-    """[steps, c, h, w], what it said."""
+    """float32 [b, c, h, w]."""
+    base_error: float
+    """Mean squared difference of the predictions from what the noise and latents ask for: the base's own loss here."""
 
 
 @torch.no_grad()
-def traces(
-    bundle: ModelBundle, conditions: Conditions, prompts: Sequence[str], shape: Sequence[int], seed: int
-) -> list[Trace]:
-    """The base draws each prompt by DDIM in `STEPS` steps from fixed noise. To be called with all adapters off.
+def drift_reference(
+    prompts: Sequence[str],
+    objective: Objective,
+    bundle: ModelBundle,
+    conditions: Conditions,
+    settings: SamplingSettings,
+    draws: tuple[int, int],
+) -> DriftReference:
+    """Draw each prompt with the base, noise the latents, and ask the base once. The bundle must act as the base.
 
-    shape: of a latent, [c, h, w].
+    draws: timesteps of each prompt, stratified over the whole schedule; and the seed.
     """
-    config = {**bundle.scheduler_config, "prediction_type": bundle.prediction_type}
-    found: list[Trace] = []
-    for number, prompt in enumerate(prompts):
-        scheduler = scheduler_named("ddim", config)
-        scheduler.set_timesteps(STEPS)
-        noise = torch.randn(1, *shape, generator=generator_for(seed, "drift", number))
-        latents = noise.to(bundle.device) * scheduler.init_noise_sigma
-        asked: list[Tensor] = []
-        said: list[Tensor] = []
-        for timestep in scheduler.timesteps:
-            at = timestep.reshape(1).to(bundle.device, torch.int64)
-            prediction = bundle.family.predict(bundle, latents, at, conditions([prompt]))
-            asked.append(latents)
-            said.append(prediction)
-            latents = scheduler.step(prediction, timestep, latents).prev_sample
-        times = scheduler.timesteps.to(bundle.device, torch.int64)
-        found.append(Trace(prompt, torch.cat(asked), times, torch.cat(said)))
-    return found
+    count, seed = draws
+    seeds = [seed_for(seed, "drift picture", index) for index in range(len(prompts))]
+    clean = sample_latents(bundle, prompts, seeds, settings).cpu()
+    parts = [_draws(seed, index, count, clean.shape[1:], len(objective.alpha_bars)) for index in range(len(prompts))]
+    noise, timesteps = torch.cat([part.noise for part in parts]), torch.cat([part.timesteps for part in parts])
+    clean, alpha_bar = clean.repeat_interleave(count, dim=0), objective.alpha_bars[timesteps]
+    noised = Noised(clean, noise, add_noise(clean, noise, alpha_bar.float()), timesteps, alpha_bar, timesteps)
+    predictions = _predictions(tuple(prompts), noised, bundle, conditions)
+    error = (predictions - wanted_prediction(bundle, noised)).double().square().mean()
+    return DriftReference(tuple(prompts), noised, predictions, float(error))
 
 
 @torch.no_grad()
-def drift(bundle: ModelBundle, conditions: Conditions, known: Sequence[Trace]) -> float:
-    """Mean over prompts of ‖prediction - base's‖² / ‖base's‖² at the points of the base's own way; 0: nothing moved."""
-    shares: list[float] = []
-    for trace in known:
-        condition = conditions([trace.prompt] * len(trace.timesteps))
-        now = bundle.family.predict(bundle, trace.latents, trace.timesteps, condition)
-        moved = (now - trace.predictions).double().square().sum()
-        shares.append(float(moved / trace.predictions.double().square().sum()))
-    return sum(shares) / len(shares)
+def drift(reference: DriftReference, bundle: ModelBundle, conditions: Conditions) -> float:
+    """Mean squared difference of the predictions from the base's, as a part of the base's own loss on these draws."""
+    now = _predictions(reference.prompts, reference.noised, bundle, conditions)
+    return float((now - reference.predictions).double().square().mean()) / reference.base_error
+
+
+def _predictions(prompts: tuple[str, ...], noised: Noised, bundle: ModelBundle, conditions: Conditions) -> Tensor:
+    each = len(noised.timesteps) // len(prompts)
+    captions = [prompt for prompt in prompts for _ in range(each)]
+    found: list[Tensor] = []
+    for rows in _rows(len(captions)):
+        part, condition = noised.rows(rows), conditions([captions[row] for row in rows])
+        noisy, timesteps = part.noisy.to(bundle.device), part.timesteps.to(bundle.device)
+        found.append(bundle.family.predict(bundle, noisy, timesteps, condition).float().cpu())
+    return torch.cat(found)
+
+
+def _rows(count: int) -> Iterator[list[int]]:
+    yield from (list(range(start, min(start + BATCH, count))) for start in range(0, count, BATCH))
+
+
+def _draws(seed: int, prompt: int, count: int, shape: Sequence[int], timesteps: int) -> Draws:
+    generator = generator_for(seed, "drift", prompt)
+    times = stratified_timesteps(count, timesteps, generator)
+    noise = torch.randn(count, *shape, generator=generator)
+    return Draws(noise, noise, times)

@@ -14,13 +14,16 @@ from lora_kit.training.checkpoints import damaged
 OURS = (
     "adapter.safetensors",
     "adapter.ema.safetensors",
+    "adapter.best.safetensors",
+    "adapter.best.ema.safetensors",
     "adapter",
     "adapter.ema",
-    "adapter.best.safetensors",
     "adapter.best",
-    "model_best",
+    "adapter.best.ema",
     "model",
     "model_ema",
+    "model_best",
+    "model_best_ema",
     "recipe.yaml",
     "plan.json",
     "metrics.jsonl",
@@ -54,11 +57,6 @@ class RunFolder(NamedTuple):
     def model_average(self) -> Path:
         """Its moving average, where the recipe keeps one."""
         return self.root / "model_ema"
-
-    @property
-    def model_best(self) -> Path:
-        """The model of the best checkpoint, where that is not the last."""
-        return self.root / "model_best"
 
     @property
     def skipped(self) -> Path:

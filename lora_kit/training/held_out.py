@@ -1,4 +1,4 @@
-"""Held-out loss with fixed noise and stratified timesteps, as the paired difference to the base."""
+"""Losses of fixed pictures with fixed noise and stratified timesteps: the same numbers for the same weights."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import NamedTuple, cast
 
 import torch
 from accelerate.utils import send_to_device
+from torch import Tensor
 
 from lora_kit.data import Batch, TrainingSet, collate
 from lora_kit.data.buckets import Size
-from lora_kit.diffusion import Draws, generator_for, stratified_timesteps
+from lora_kit.diffusion import Draws, generator_for, seed_for, stratified_timesteps
 from lora_kit.models import ModelBundle
 from lora_kit.training.conditions import Conditions
 from lora_kit.training.objective import Objective, latent_moments, noised_latents, sample_losses, wanted_prediction
@@ -18,56 +19,61 @@ from lora_kit.training.objective import Objective, latent_moments, noised_latent
 BATCH = 16
 
 
-class HeldOut(NamedTuple):
-    """The held-out set and how it is measured. The same (picture, noise, timestep) triples every time."""
+class MeasuredSet(NamedTuple):
+    """Pictures and how they are measured. The same (picture, noise, timestep) triples every time."""
 
     pictures: TrainingSet
+    records: tuple[int, ...]
+    """Which of them."""
     timesteps_per_picture: int
     seed: int
-    records: tuple[int, ...] | None = None
-    """Which of the pictures; None: all."""
+    use: str = "held-out"
+    """Part of the seed: sets have noise of their own."""
 
 
 @torch.no_grad()
-def held_out_losses(
-    held_out: HeldOut, objective: Objective, bundle: ModelBundle, conditions: Conditions
-) -> list[list[float]]:
-    """Each picture's loss at each of its timesteps, from low to high ones."""
+def draw_losses(measured: MeasuredSet, objective: Objective, bundle: ModelBundle, conditions: Conditions) -> Tensor:
+    """The loss of each picture at each of its timesteps, float64 [pictures, timesteps], on the CPU; timesteps rise."""
     found: dict[int, list[float]] = {}
-    for indices in _batches(held_out):
-        samples = [held_out.pictures.plain(index) for index in indices]
+    for places in _batches(measured):
+        samples = [measured.pictures.plain(measured.records[place]) for place in places]
         batch = cast(Batch, send_to_device(collate(samples), bundle.device))
         moments = latent_moments(bundle, batch)
         condition = conditions(batch.captions)
-        draws = [_draws(held_out, index, moments[0].shape[1:], len(objective.alpha_bars)) for index in indices]
-        losses: list[torch.Tensor] = []
-        for k in range(held_out.timesteps_per_picture):
+        draws = [_draws(measured, place, moments[0].shape[1:], len(objective.alpha_bars)) for place in places]
+        losses: list[Tensor] = []
+        for k in range(measured.timesteps_per_picture):
             noised = noised_latents(objective, bundle, moments, _nth(draws, k))
             wanted = wanted_prediction(bundle, noised)
             losses.append(sample_losses(objective, bundle, noised, condition, wanted, batch.masks))
-        found |= zip(indices, torch.stack(losses, dim=1).tolist(), strict=True)
-    return [found[record] for record in sorted(found)]
+        found |= zip(places, torch.stack(losses, dim=1).tolist(), strict=True)
+    return torch.tensor([found[place] for place in range(len(found))], dtype=torch.float64)
 
 
-def band_count(timesteps: int) -> int:
-    """Into how many equal parts of the schedule the stratified draws of a picture can be told apart; at most 4."""
-    return next(count for count in (4, 3, 2, 1) if timesteps % count == 0)
+def train_subset(training: TrainingSet, count: int, seed: int) -> tuple[int, ...]:
+    """`count` records of a training set, or all if there are fewer, the same ones as long as they are there.
+
+    Those with the lowest hash of seed and id; regularisation pictures and those of `target: base` are none of them.
+    """
+    own = [i for i, record in enumerate(training.records) if not record.is_regularisation and not record.from_base]
+    ranked = sorted(own, key=lambda index: seed_for(seed, "train-subset", training.records[index].id))
+    return tuple(sorted(ranked[:count]))
 
 
-def _batches(held_out: HeldOut) -> Iterator[list[int]]:
-    """Records of one size together, at most BATCH of them."""
-    pictures, by_size = held_out.pictures, dict[Size, list[int]]()
-    for record in range(pictures.record_count) if held_out.records is None else held_out.records:
-        by_size.setdefault(pictures.places.sizes_of(record)[0], []).append(record)
-    for records in by_size.values():
-        yield from (records[start : start + BATCH] for start in range(0, len(records), BATCH))
+def _batches(measured: MeasuredSet) -> Iterator[list[int]]:
+    """Places in `records`, those of one size together, at most BATCH of them."""
+    by_size: dict[Size, list[int]] = {}
+    for place, record in enumerate(measured.records):
+        by_size.setdefault(measured.pictures.places.sizes_of(record)[0], []).append(place)
+    for places in by_size.values():
+        yield from (places[start : start + BATCH] for start in range(0, len(places), BATCH))
 
 
-def _draws(held_out: HeldOut, index: int, shape: Sequence[int], timesteps: int) -> Draws:
+def _draws(measured: MeasuredSet, place: int, shape: Sequence[int], timesteps: int) -> Draws:
     """All draws of one picture: plain noise [k, c, h, w], timesteps [k] over the whole schedule, whatever the objective
     trains on."""
-    generator = generator_for(held_out.seed, "held-out", index)
-    count = held_out.timesteps_per_picture
+    generator = generator_for(measured.seed, measured.use, place)
+    count = measured.timesteps_per_picture
     times = stratified_timesteps(count, timesteps, generator)
     noise = torch.randn(2, count, *shape, generator=generator)
     return Draws(noise[0], noise[1], times)

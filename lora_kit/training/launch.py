@@ -4,31 +4,16 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
-from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs
 
-from lora_kit.errors import RecipeError, did_you_mean
-from lora_kit.recipe import Recipe, dump_recipe
+from lora_kit.errors import RecipeError
+from lora_kit.recipe import Recipe
 from lora_kit.training.launcher import Sharding, take_sharding
 from lora_kit.training.sharding import check_sharding
-
-_PACKAGES = {
-    "aim": "aim",
-    "clearml": "clearml",
-    "comet_ml": "comet_ml",
-    "dvclive": "dvclive",
-    "mlflow": "mlflow",
-    "swanlab": "swanlab",
-    "tensorboard": "tensorboard",
-    "trackio": "trackio",
-    "wandb": "wandb",
-}
-"""Accelerate's own trackers and their packages; one that is registered by other code is taken as it is."""
+from lora_kit.training.trackers import logging_folder
 
 
 class LaunchedAccelerator(Accelerator):
@@ -49,8 +34,6 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     """
     if recipe.train.mixed_precision == "fp16" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         raise RecipeError("train.mixed_precision: fp16 needs a GPU and none was found. Use bf16 or no.")
-    check_trackers(recipe)
-    trackers: Any = recipe.train.trackers or None
     sharding = take_sharding()
     if sharding is not None:
         check_sharding(recipe)
@@ -59,8 +42,8 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     accelerator = LaunchedAccelerator(
         mixed_precision=recipe.train.mixed_precision,
         kwargs_handlers=[wait],
-        log_with=trackers,
-        project_dir=Path(recipe.output_dir) / "logs",
+        log_with=list(recipe.train.trackers) or None,
+        project_dir=logging_folder(recipe),
     )
     accelerator.sharding = sharding
     if accelerator.num_processes == 1 and _was_to_be_several():
@@ -75,26 +58,6 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
             f"processes ({accelerator.num_processes}). Raise it, or launch fewer processes."
         )
     return accelerator
-
-
-def check_trackers(recipe: Recipe) -> None:
-    """Raise RecipeError for a tracker that Accelerate does not know, or whose package is not installed."""
-    known = [str(name) for name in LOGGER_TYPE_TO_CLASS]
-    installed = {str(getattr(name, "value", name)) for name in get_available_trackers()}
-    for name in recipe.train.trackers:
-        if name not in known:
-            listed = ", ".join(sorted(known))
-            raise RecipeError(f"train.trackers: got `{name}`; known: {listed}.{did_you_mean(name, known)}")
-        if name not in installed and name in _PACKAGES:
-            raise RecipeError(f"train.trackers: `{name}` is not installed. Run: pip install {_PACKAGES[name]}")
-
-
-def start_trackers(accelerator: Accelerator, recipe: Recipe) -> None:
-    """One run of each tracker that the recipe names, with the recipe as its configuration."""
-    if not recipe.train.trackers:
-        return
-    options: dict[str, Any] = recipe.train.tracker_options
-    accelerator.init_trackers(Path(recipe.output_dir).name, config={"recipe": dump_recipe(recipe)}, init_kwargs=options)
 
 
 def use_cores(accelerator: Accelerator) -> None:

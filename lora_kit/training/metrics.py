@@ -1,22 +1,21 @@
-"""metrics.jsonl, TensorBoard and the progress line of a run. Only the main process makes one."""
+"""metrics.jsonl, TensorBoard, trackers and the progress line of a run. Only the main process makes one."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from accelerate import Accelerator
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lora_kit.files import write_text
-
-Send = Callable[[dict[str, float], int], None]
+from lora_kit.training.trackers import track_picture
 
 
 class Metrics:
@@ -26,11 +25,10 @@ class Metrics:
     since they are about to be run again.
     """
 
-    def __init__(self, folder: Path, first_step: int, max_steps: int, send: Send | None = None) -> None:
-        """send: called with the same numbers and their step, for other trackers."""
+    def __init__(self, folder: Path, first_step: int, max_steps: int, accelerator: Accelerator | None = None) -> None:
+        """accelerator: its trackers get the numbers and pictures too."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._send = send
         self.path = folder / "metrics.jsonl"
         _keep_lines_until(self.path, first_step)
         self._file: TextIO = self.path.open("a", encoding="utf-8")
@@ -47,6 +45,7 @@ class Metrics:
         )
         self._task = self._bar.add_task("training", total=max_steps, completed=first_step, note="")
         self._logged = (first_step, time.monotonic())
+        self._accelerator = accelerator
 
     def __enter__(self) -> Metrics:
         self._bar.start()
@@ -78,20 +77,22 @@ class Metrics:
         self.log(step, {**values, "samples_per_s": round(speed, 3)})
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl; its numbers go to TensorBoard as well."""
+        """One line of metrics.jsonl; its numbers go to TensorBoard and the trackers as well."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         numbers = {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
         for name, value in numbers.items():
             self._board.add_scalar(name, value, step)
-        if self._send is not None and numbers:
-            self._send(numbers, step)
+        if self._accelerator is not None and self._accelerator.trackers and numbers:
+            self._accelerator.log(numbers, step=step)
 
     def picture(self, name: str, image: Image.Image, step: int) -> None:
-        """A picture to TensorBoard."""
+        """A picture to TensorBoard and to the trackers that take pictures."""
         import numpy as np
 
         self._board.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+        if self._accelerator is not None:
+            track_picture(self._accelerator, name, image, step)
 
     def restart_clock(self, step: int) -> None:
         """Leave what happened since the last logged step (validation, saving) out of the next speed."""

@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
 from lora_kit.adapters import (
     AdapterState,
@@ -27,23 +24,24 @@ from lora_kit.models import pipeline
 from lora_kit.targeting import plan_to_json
 from lora_kit.targeting.rates import rate_of_text_encoder
 from lora_kit.training.build import ADAPTER, Run
-from lora_kit.training.checkpoints import checkpoint_name
 from lora_kit.training.folder import RunFolder
 from lora_kit.training.objective import schedule_facts
 from lora_kit.training.precision import DTYPES
-from lora_kit.training.sharding import placed, whole_network
+from lora_kit.training.sharding import whole_network
 
 SAVE_DTYPES = {**DTYPES, "fp32": DTYPES["no"]}
 
 
-def write_result(run: Run, folder: RunFolder, step: int) -> list[Path]:
-    """Write the run's result, and beside it the moving average where the recipe keeps one; return their paths."""
-    moving = run.average.is_moving
-    if run.is_full:
-        places = [(folder.model, False), *([(folder.model_average, True)] if moving else [])]
-    else:
-        names = [("adapter", False), *([("adapter.ema", True)] if moving else [])]
-        places = [(folder.root / f"{name}{_suffix(run)}", average) for name, average in names]
+def write_result(run: Run, folder: RunFolder, step: int, beside: bool = False) -> list[Path]:
+    """Write the run's result, and beside it the moving average where the recipe keeps one; return their paths.
+
+    step: whose weights are in the networks. beside: under the names of the best, next to the last's.
+    """
+    stem, mark, suffix = ("model", "_", "") if run.is_full else ("adapter", ".", ".safetensors")
+    suffix = "" if run.recipe.save.format == "peft" else suffix
+    stem = f"{stem}{mark}best" if beside else stem
+    names = [(stem, False), *([(f"{stem}{mark}ema", True)] if run.average.is_moving else [])]
+    places = [(folder.root / f"{name}{suffix}", average) for name, average in names]
     for path, average in places:
         with run.average.final(moving=average):
             if run.is_full:
@@ -51,36 +49,6 @@ def write_result(run: Run, folder: RunFolder, step: int) -> list[Path]:
             elif run.accelerator.is_main_process:
                 _write_adapter(run, path, step, run.average.describe(moving=average))
     return [path for path, _ in places]
-
-
-def write_best(run: Run, folder: RunFolder, step: int) -> Path:
-    """Write the weights of a checkpoint that is there beside the result; the run's own weights stay.
-
-    What validation measured is written: the moving average, where the recipe keeps one.
-    """
-    checkpoint = folder.checkpoints / checkpoint_name(step)
-    saved = load_file(checkpoint / ("ema.safetensors" if run.average.is_moving else "trainable.safetensors"))
-    own = {name: weight.detach().clone() for name, weight in run.trainable.items()}
-    path = folder.model_best if run.is_full else folder.root / f"adapter.best{_suffix(run)}"
-    _put(run, saved)
-    try:
-        if run.is_full:
-            _write_model(run, path)
-        elif run.accelerator.is_main_process:
-            _write_adapter(run, path, step, f"{run.average.describe()}; best by held-out loss")
-    finally:
-        _put(run, own)
-    return path
-
-
-@torch.no_grad()
-def _put(run: Run, tensors: Mapping[str, Tensor]) -> None:
-    for name, weight in run.trainable.items():
-        weight.copy_(placed(tensors[name], weight))
-
-
-def _suffix(run: Run) -> str:
-    return "" if run.recipe.save.format == "peft" else ".safetensors"
 
 
 def training_facts(run: Run, step: int) -> TrainingFacts:

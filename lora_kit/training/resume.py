@@ -11,10 +11,10 @@ from lora_kit.errors import RecipeError
 from lora_kit.recipe import Recipe, ScheduleSection
 from lora_kit.targeting import plan_to_json
 from lora_kit.training.build import ADAPTER, Run
-from lora_kit.training.checkpoints import Progress, State, load_checkpoint
+from lora_kit.training.checkpoints import Progress, State, load_checkpoint, losses_known
+from lora_kit.training.measuring import Base, measure_base, measured_with
 from lora_kit.training.schedules import Rewarm, learning_rate_factor
 from lora_kit.training.start import begin_at
-from lora_kit.training.validation import measure_base
 
 DATA_CHANGED = (
     "The pictures, captions or repeats are not those that the checkpoint was made with: the run goes on with what is "
@@ -36,9 +36,18 @@ _NOT_TOLD = (
     "train.resume",
     "train.overwrite",
     "train.log_every",
+    "train.trackers",
+    "train.tracker_project",
+    "train.tracker_options",
     "train.non_finite",
     "train.max_non_finite",
     "train.wait_minutes",
+)
+
+
+MEASURED_ANEW = (
+    "What is measured at validations is not what the checkpoint was measured with: the base was measured anew, and "
+    "validations before this do not count for the best step."
 )
 
 
@@ -48,6 +57,8 @@ class Start(NamedTuple):
     progress: Progress
     notices: list[str]
     """What the user should know about it."""
+    base: Base
+    """What validations are compared with."""
 
 
 def state_of(run: Run) -> State:
@@ -58,11 +69,13 @@ def state_of(run: Run) -> State:
 def begin(run: Run, checkpoint: Path | None) -> Start:
     """Load the checkpoint into the run, or measure the base. Raises TrainingError, RecipeError if they do not fit."""
     plan, recipe = plan_to_json(run.plan), run.recipe.model_dump(mode="json")
+    key = measured_with(run)
+    known = losses_known(checkpoint, key) if checkpoint is not None else None
+    base = measure_base(run, Base(*known) if known else None)  # before any weights are put in
     if checkpoint is None:
-        base = measure_base(run)
         progress = Progress(0, plan, base.held_out, run.data.fingerprint, run.base_hash, recipe)
-        progress = replace(progress, base_trained=base.trained)
-        return Start(progress, _begin_at_file(run))  # after the base was measured
+        progress = replace(progress, train_base_losses=base.train, measured_with=key)
+        return Start(progress, _begin_at_file(run), base)
     progress = load_checkpoint(checkpoint, plan, run.base_hash, state_of(run))
     if progress.step > run.recipe.train.max_steps:
         raise RecipeError(
@@ -74,7 +87,19 @@ def begin(run: Run, checkpoint: Path | None) -> Start:
     notices = [f"resumed from {checkpoint}, after step {progress.step}."]
     notices += [DATA_CHANGED] if progress.data != now.data else []
     notices += changed_keys(progress.recipe, recipe)
-    return Start(now, [*notices, *changed_rates(progress, now, run.recipe)])
+    notices += changed_rates(progress, now, run.recipe)
+    if known is None:
+        notices += [MEASURED_ANEW] if any("held_out_loss" in entry for entry in progress.history) else []
+        now = _measured_anew(now, base, key)
+    return Start(now, notices, base)
+
+
+def _measured_anew(progress: Progress, base: Base, key: str) -> Progress:
+    """With the base's new losses; of earlier validations only that they were, and this step's is repeated."""
+    history: list[dict[str, float]] = [{"step": entry["step"]} for entry in progress.history]
+    history = [entry for entry in history if entry["step"] != progress.step]
+    losses = {"base_losses": base.held_out, "train_base_losses": base.train, "best_losses": [], "last_losses": []}
+    return replace(progress, history=history, measured_with=key, **losses)
 
 
 def _begin_at_file(run: Run) -> list[str]:

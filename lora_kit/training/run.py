@@ -7,11 +7,8 @@ import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
 
-import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from lora_kit.data import Batch, make_loader
 from lora_kit.errors import LoraKitError, TrainingError
@@ -21,73 +18,23 @@ from lora_kit.training.build import Run, build_run
 from lora_kit.training.checkpoint_folder import mark_best, newest_whole, remove_old
 from lora_kit.training.checkpoints import Progress, checkpoint_name, save_checkpoint
 from lora_kit.training.disk import full_disk_told
+from lora_kit.training.finish import Outcome, finish_run
 from lora_kit.training.folder import RunFolder, prepare_folder
-from lora_kit.training.launch import build_accelerator, start_trackers
+from lora_kit.training.launch import build_accelerator
 from lora_kit.training.launcher import follow_launcher
 from lora_kit.training.max_norm import limit_norms
-from lora_kit.training.measures import Measured, is_over, verdict
+from lora_kit.training.measuring import Base
 from lora_kit.training.metrics import Metrics, NoMetrics
 from lora_kit.training.optimizers import check_optimizer, set_learning_rate
-from lora_kit.training.result import write_best, write_result
 from lora_kit.training.resume import begin, state_of
 from lora_kit.training.schedules import Rewarm, learning_rate_factor
 from lora_kit.training.shares import common_facts, takes_part, written_by_main
 from lora_kit.training.signals import InterruptedRunError, StopSignals
-from lora_kit.training.statistics import Interval
 from lora_kit.training.step import StepMetrics, training_step
 from lora_kit.training.together import agreed, common_checkpoint, lost_process_told, require_same
-from lora_kit.training.validation import finish, validate
-
-
-class Outcome(NamedTuple):
-    """What a finished run left."""
-
-    paths: list[Path]
-    """adapter.safetensors, or the model folder of a full fine-tune; after it the moving average's, if there is one."""
-    figures: dict[str, Any]
-    """What result.json holds."""
-    is_main: bool
-    """Whether this process wrote it."""
-
-    @property
-    def path(self) -> Path:
-        """The weights as trained."""
-        return self.paths[0]
-
-    def lines(self) -> list[str]:
-        """The figures for a reader, a line each."""
-        f = self.figures
-        lines = [f"wrote {path}" for path in self.paths]
-        if len(self.paths) > 1:
-            lines[0] += ": the weights as trained"
-            lines[1] += f": their {f['weights']}; validation measured and drew these"
-        lines += _held_out_lines(f)
-        for strength in ("0", "1"):
-            if f"top1_at_{strength}" in f:
-                lines.append(
-                    f"strength {strength}: mean saturation {f[f'saturation_at_{strength}']:.2f}; nearest of "
-                    f"{f['held_out_pictures']} held-out pictures is the own one for {f[f'top1_at_{strength}']:.1%}, "
-                    f"among the nearest five for {f[f'top5_at_{strength}']:.1%} (chance {f['chance_top1']:.1%})"
-                )
-        return lines
-
-
-def _held_out_lines(f: dict[str, Any]) -> list[str]:
-    if "held_out_loss" not in f:
-        return []
-    lines = [
-        f"held-out loss {f['held_out_loss']:.4f}, base {f['held_out_base_loss']:.4f}, paired difference "
-        f"{f['held_out_difference']:+.4f} ± {f['held_out_interval']:.4f} (95 %)"
-    ]
-    if "gap" in f:
-        lines.append(
-            f"training pictures, measured alike: difference {f['trained_difference']:+.4f}; gap "
-            f"{f['gap']:+.4f} ± {f['gap_interval']:.4f} (95 %)"
-        )
-    if "drift" in f:
-        lines.append(f"drift on unrelated prompts: {f['drift']:.2%} of the base's predictions (squared)")
-    against = Interval(f.get("last_minus_best", 0.0), 0.0, f.get("last_minus_best_interval", 0.0))
-    return [*lines, verdict(f["step"], f["best_step"], against)]
+from lora_kit.training.trackers import check_trackers, start_trackers, stop_trackers
+from lora_kit.training.validation import validate
+from lora_kit.training.verdict import reason_to_stop, with_validation
 
 
 def train(recipe: Recipe) -> Outcome:
@@ -97,6 +44,7 @@ def train(recipe: Recipe) -> Outcome:
     a signal, once the step is finished and saved.
     """
     recipe = follow_launcher(recipe)
+    check_trackers(recipe)
     accelerator = build_accelerator(recipe)
     folder = RunFolder(Path(recipe.output_dir))
     with lost_process_told(accelerator, partial(_last_whole, folder)):
@@ -110,7 +58,8 @@ def _train_in(folder: RunFolder, recipe: Recipe, accelerator: Accelerator) -> Ou
     checkpoint = common_checkpoint(accelerator, recipe)
     run = build_run(recipe, accelerator, resumes=checkpoint is not None)
     require_same(accelerator, common_facts(run))
-    progress, notices = begin(run, checkpoint)
+    progress, notices, base = begin(run, checkpoint)
+    start_trackers(accelerator, recipe)
     with full_disk_told(folder.root, partial(_last_whole, folder)):
         if run.accelerator.is_main_process:
             write_text(folder.root / "recipe.yaml", dump_recipe(recipe))
@@ -119,78 +68,40 @@ def _train_in(folder: RunFolder, recipe: Recipe, accelerator: Accelerator) -> Ou
             for notice in [*run.notices, *damaged, *notices]:
                 metrics.say(notice)
             try:
-                return _train(run, folder, metrics, progress)
+                return _train(run, folder, metrics, progress, base)
             finally:
                 _list_skipped(run, folder, metrics)
-                if recipe.train.trackers and run.accelerator.is_main_process:
-                    run.accelerator.end_training()
+                stop_trackers(accelerator)
 
 
-def _train(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress) -> Outcome:
+def _train(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress, base: Base) -> Outcome:
     recipe = run.recipe
     loader = make_loader(run.data, recipe, run.accelerator, first_step=progress.step, even=run.is_sharded)
     with StopSignals() as signals:
         _link_best(run, folder, progress)  # as the checkpoint knows it, which may be an older one
         # That of step 0, or one that a kill cut off after its checkpoint.
-        progress = _validated(run, folder, metrics, progress)
-        for step, batches in enumerate(loader, start=progress.step):
-            if _ends_early(run, progress):
-                break
+        progress = _validated(run, folder, metrics, progress, base)
+        over = _is_over(run, progress)  # also of a run that stopped early before it was resumed
+        for step, batches in enumerate(loader if not over else (), start=progress.step):
             done = _step(run, folder, metrics, batches, progress, stop=signals.number is not None)
             row = progress.skipped_in_row + 1 if done.problem else 0
             progress = replace(progress, step=step + 1, skipped_in_row=row)
             if done.interrupted and progress.step < recipe.train.max_steps:
                 _save(run, folder, progress)
                 raise _interrupted(folder, progress.step, signals.number)
-            progress = _validated(run, folder, metrics, progress)
-            if progress.step == recipe.train.max_steps or _due(recipe.save.every, progress.step):
+            progress = _validated(run, folder, metrics, progress, base)
+            over = _is_over(run, progress)
+            if over or _due(recipe.save.every, progress.step):
                 _save(run, folder, progress)
             elif _is_best(run, progress) and takes_part(run):
                 _write_checkpoint(run, folder, progress)
-    if _ends_early(run, progress):
-        _tell_early_end(run, folder, metrics, progress)
+            if over:
+                break
     run.accelerator.wait_for_everyone()
     if not takes_part(run):
         return Outcome([], {}, is_main=False)
-    return _finish(run, folder, metrics, progress)
-
-
-def _finish(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress) -> Outcome:
-    paths = write_result(run, folder, progress.step)
-    with written_by_main(run, folder) as place:
-        figures = finish(run, place, metrics, progress)
-    if run.is_sharded:
-        figures = agreed(run.accelerator, figures)
-    if "held_out_loss" in figures:
-        entry = {"step": progress.step, "held_out_loss": figures["held_out_loss"]}
-        _link_best(run, folder, replace(progress, history=[*progress.history, entry]))
-        if run.recipe.save.best and figures["best_step"] != progress.step:
-            best = write_best(run, folder, figures["best_step"])
-            metrics.say(f"wrote {best}: as it was at step {figures['best_step']}, the best by held-out loss")
-    return Outcome(paths, figures | {"step": progress.step}, is_main=run.accelerator.is_main_process)
-
-
-def _ends_early(run: Run, progress: Progress) -> bool:
-    """Whether the held-out loss ends the run here. The main process measured it, and tells the others."""
-    rule = run.recipe.validation.early_stop
-    if rule is None or progress.step == run.recipe.train.max_steps or not _due_here(run, progress.step):
-        return False
-    over = torch.tensor(float(run.accelerator.is_main_process and is_over(progress.history, rule)))
-    return float(cast(Tensor, run.accelerator.reduce(over.to(run.accelerator.device), "sum"))) > 0
-
-
-def _due_here(run: Run, step: int) -> bool:
-    return _due(run.recipe.validation.every, step)
-
-
-def _tell_early_end(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress) -> None:
-    rule = run.recipe.validation.early_stop
-    assert rule is not None
-    metrics.say(
-        f"ends after step {progress.step} of {run.recipe.train.max_steps}: {rule.patience} validations without a lower "
-        "held-out loss (validation.early_stop)."
-    )
-    _save(run, folder, progress)
+    _link_best(run, folder, progress)
+    return finish_run(run, folder, metrics, progress)
 
 
 def _step(
@@ -234,19 +145,25 @@ def _tell_skipped(run: Run, folder: RunFolder, metrics: Metrics, progress: Progr
     metrics.log(progress.step + 1, {"skipped": done.problem})
 
 
-def _validated(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress) -> Progress:
+def _validated(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress, base: Base) -> Progress:
     """The progress with the validation of its step, where one is due and was not done before a resume."""
-    step, last = progress.step, progress.step == run.recipe.train.max_steps
-    due = step == 0 or (not last and _due(run.recipe.validation.every, step))
+    step = progress.step
+    due = step in (0, run.recipe.train.max_steps) or _due(run.recipe.validation.every, step)
     if not due or progress.validated or not takes_part(run):
         return progress
     with written_by_main(run, folder) as place:
-        found = validate(run, place, metrics, step, Measured(progress.base_losses, progress.base_trained))
+        found = validate(run, place, metrics, step, base)
     if run.is_sharded:  # what is best is decided once
         found = agreed(run.accelerator, found)
-    progress = replace(progress, history=[*progress.history, {"step": step, **found.figures}])
-    best = progress.best
-    return replace(progress, best_losses=found.losses) if best is not None and best["step"] == step else progress
+    return with_validation(progress, found)
+
+
+def _is_over(run: Run, progress: Progress) -> bool:
+    """Whether the run ends after this step: its last, or stopped early. All processes come to the same."""
+    rule, step = run.recipe.validation.early_stop, progress.step
+    if step == run.recipe.train.max_steps or rule is None or not _due(run.recipe.validation.every, step):
+        return step == run.recipe.train.max_steps
+    return agreed(run.accelerator, bool(reason_to_stop(progress.history, rule)))  # the main process has validated
 
 
 def _due(every: int, step: int) -> bool:
@@ -304,10 +221,7 @@ def _last_whole(folder: RunFolder) -> str:
 def _metrics(run: Run, folder: RunFolder, first_step: int) -> Metrics:
     if not run.accelerator.is_main_process:
         return NoMetrics()
-    if not run.recipe.train.trackers:
-        return Metrics(folder.root, first_step, run.recipe.train.max_steps)
-    start_trackers(run.accelerator, run.recipe)
-    return Metrics(folder.root, first_step, run.recipe.train.max_steps, run.accelerator.log)
+    return Metrics(folder.root, first_step, run.recipe.train.max_steps, run.accelerator)
 
 
 def _list_skipped(run: Run, folder: RunFolder, metrics: Metrics) -> None:

@@ -14,8 +14,8 @@ from lora_kit.errors import RecipeError, TrainingError
 from lora_kit.recipe import Recipe
 from lora_kit.training import train
 from lora_kit.training.checkpoints import Progress
+from lora_kit.training.measuring import Measured
 from lora_kit.training.resume import changed_keys, changed_rates
-from lora_kit.training.validation import Validated
 
 
 @pytest.fixture(scope="session")
@@ -163,7 +163,7 @@ def test_the_checkpoint_of_the_lowest_held_out_loss_is_kept_as_best(make_recipe,
     # Losses that fall until step 3 and then rise; the last step's own is measured, and is far above 0.
     monkeypatch.setattr(
         "lora_kit.training.run.validate",
-        lambda run, folder, metrics, step, base: Validated({"held_out_loss": abs(step - 3)}, [abs(step - 3)] * 3),
+        lambda run, folder, metrics, step, base: Measured({"held_out_loss": abs(step - 3)}, [[abs(step - 3)]]),
     )
     held_out = f"validation.held_out={{path: {other_pictures}}}"
     settings = [held_out, "validation.every=1", "train.max_steps=5", "save.every=0", "save.keep=1"]

@@ -171,7 +171,8 @@ def public_recipe(recipe: Recipe, folder_names: bool) -> str:
     Absolute paths shrink to their last name; without `folder_names` (`save.captions: false`) the data sources'
     paths are left out altogether.
     """
-    held_out = recipe.validation.held_out
+    held_out = recipe.validation.source
+    measured = {"held_out": _shared_source(held_out, folder_names)} if held_out else {}
     shared = recipe.model_copy(
         update={
             "model": recipe.model.model_copy(
@@ -184,9 +185,9 @@ def public_recipe(recipe: Recipe, folder_names: bool) -> str:
             "data": recipe.data.model_copy(
                 update={"sources": [_shared_source(source, folder_names) for source in recipe.data.sources]}
             ),
-            "validation": recipe.validation.model_copy(
-                update={"held_out": held_out and _shared_source(held_out, folder_names)}
-            ),
+            "validation": recipe.validation.model_copy(update=measured),
+            # May hold keys and names of people.
+            "train": recipe.train.model_copy(update={"tracker_options": {}}),
         }
     )
     return dump_recipe(shared)
