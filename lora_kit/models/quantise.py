@@ -45,7 +45,8 @@ def check_quantise(kind: str, device: torch.device, sharded: bool = False) -> No
         import bitsandbytes  # noqa: F401  # pyright: ignore[reportUnusedImport, reportMissingTypeStubs]
     except ImportError as error:
         raise RecipeError(
-            f"model.quantize: {kind} needs the package `bitsandbytes`: {error}. Run `pip install bitsandbytes`, or {fix}."
+            f"model.quantize: {kind} needs the package `bitsandbytes`: {error}. Run "
+            f"`pip install bitsandbytes`, or {fix}."
         ) from error
     try:
         layer = quantised(nn.Linear(64, 64), kind, device)

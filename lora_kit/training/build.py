@@ -30,7 +30,7 @@ from lora_kit.training.objective import adopt_schedule, build_objective, objecti
 from lora_kit.training.optimizers import build_optimizer, parameter_groups, up_matrices
 from lora_kit.training.precision import base_dtype
 from lora_kit.training.prepared import PreparedData, place_networks, prepare_data
-from lora_kit.training.quantised_base import QuantisedBase, quantise_base
+from lora_kit.training.quantised_base import QuantisedBase, exact_losses, quantise_base
 from lora_kit.training.sharding import shard
 from lora_kit.training.start import starting_updates
 from lora_kit.training.step import Learner
@@ -139,8 +139,9 @@ def build_run(recipe: Recipe, accelerator: Accelerator, resumes: bool = False) -
     sharding = sharding_of(accelerator)
     quantised = None
     if few_bits.modules:  # before the networks are placed, so that the device never holds them whole
+        exact = [] if resumes else exact_losses(recipe, bundle, data, trains_text, accelerator)
         make_trainable(recipe, bundle, plan)
-        quantised = quantise_base(bundle, few_bits, accelerator.device)
+        quantised = quantise_base(bundle.components, few_bits, accelerator.device, exact)
     place_networks(bundle, data, trains_text, accelerator.device, sharded=sharding is not None)
     if quantised is None:
         make_trainable(recipe, bundle, plan)

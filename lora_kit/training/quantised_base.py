@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+from accelerate import Accelerator
+from torch import nn
 
 from lora_kit.adapters.layers import live_layer, stacked
 from lora_kit.adapters.places import module_at, put_module
 from lora_kit.models import ModelBundle
 from lora_kit.models.quantise import WeightError, error_of, held_bytes, quantised
+from lora_kit.recipe import Recipe
 from lora_kit.targeting.quantised import Quantised
+from lora_kit.training.conditions import Conditions
+from lora_kit.training.held_out import HeldOut, held_out_losses
+from lora_kit.training.measures import means, paired
+from lora_kit.training.objective import build_objective
+from lora_kit.training.prepared import PreparedData, place_networks
 
 
 class QuantisedBase(NamedTuple):
@@ -26,6 +35,8 @@ class QuantisedBase(NamedTuple):
     """Bytes of all of the networks' frozen weights."""
     errors: dict[str, WeightError]
     """Of each network."""
+    exact_losses: Sequence[float] = ()
+    """Of the held-out pictures, by the base before it was quantised; none were measured: empty."""
 
     def line(self) -> str:
         """For the user, at the start."""
@@ -38,12 +49,46 @@ class QuantisedBase(NamedTuple):
         )
 
 
-def quantise_base(bundle: ModelBundle, plan: Quantised, device: torch.device) -> QuantisedBase:
+def loss_line(quantised: QuantisedBase | None, losses: Sequence[Sequence[float]]) -> list[str]:
+    """What quantising the base did to its held-out loss, for the user. losses: of the quantised base's held-out
+    pictures, at each timestep."""
+    if quantised is None or not quantised.exact_losses:
+        return []
+    now, before = means(losses), quantised.exact_losses
+    pair = paired(now, before)
+    return [
+        f"held-out loss of the base: {sum(before) / len(before):.4f} as it is, {sum(now) / len(now):.4f} in "
+        f"{quantised.kind}, paired difference {pair.mean:+.5f} ± {pair.half_width:.5f} (95 %)."
+    ]
+
+
+def exact_losses(
+    recipe: Recipe, bundle: ModelBundle, data: PreparedData, trains_text: bool, accelerator: Accelerator
+) -> list[float]:
+    """Each held-out picture's loss by the base as it is now; empty without such pictures.
+
+    The whole base visits the device for it, forward only, and is on the CPU afterwards.
+    """
+    if data.held_out is None:
+        return []
+    section = recipe.validation
+    held_out = HeldOut(data.held_out, section.held_out_timesteps, section.seed)
+    place_networks(bundle, data, trains_text, accelerator.device)
+    conditions = Conditions(bundle, trains_text, recipe.data.captions.long, data.texts)
+    with accelerator.autocast():
+        losses = held_out_losses(held_out, build_objective(recipe.objective, bundle), bundle, conditions)
+    for network in bundle.components.values():
+        network.to("cpu")
+    return means(losses)
+
+
+def quantise_base(
+    components: Mapping[str, nn.Module], plan: Quantised, device: torch.device, exact: Sequence[float] = ()
+) -> QuantisedBase:
     """Put quantised layers, on `device`, in the place of the plan's; adapters' layers over them stay.
 
-    One layer is held twice at a time. What is not quantised stays where it is.
+    One layer is held twice at a time. What is not quantised stays where it is. exact: see `exact_losses`.
     """
-    components = bundle.components
     names = list(dict.fromkeys(module.component for module in plan.modules))
     whole = sum(
         weight.numel() * weight.element_size()
@@ -55,13 +100,13 @@ def quantise_base(bundle: ModelBundle, plan: Quantised, device: torch.device) ->
     before = after = 0
     for module in plan.modules:
         lora, delta, base = live_layer(module_at(components, module.name))
-        assert isinstance(base, torch.nn.Linear), f"{module.name} is a {type(base).__name__}"
+        assert isinstance(base, nn.Linear), f"{module.name} is a {type(base).__name__}"
         made = quantised(base, plan.kind, device)
         errors[module.component] += error_of(made, base.weight)
         before += base.weight.numel() * base.weight.element_size()
         after += held_bytes([made])
         put_module(components, module.name, stacked(lora, delta, made))
-    return QuantisedBase(plan.kind, len(plan.modules), before, after, whole, errors)
+    return QuantisedBase(plan.kind, len(plan.modules), before, after, whole, errors, exact)
 
 
 def _mb(size: int) -> str:

@@ -12,6 +12,7 @@ from lora_kit.recipe import Recipe, ScheduleSection
 from lora_kit.targeting import plan_to_json
 from lora_kit.training.build import ADAPTER, Run
 from lora_kit.training.checkpoints import Progress, State, load_checkpoint
+from lora_kit.training.quantised_base import loss_line
 from lora_kit.training.schedules import Rewarm, learning_rate_factor
 from lora_kit.training.start import begin_at
 from lora_kit.training.validation import measure_base
@@ -62,7 +63,8 @@ def begin(run: Run, checkpoint: Path | None) -> Start:
         base = measure_base(run)
         progress = Progress(0, plan, base.held_out, run.data.fingerprint, run.base_hash, recipe)
         progress = replace(progress, base_trained=base.trained)
-        return Start(progress, _begin_at_file(run))  # after the base was measured
+        told = loss_line(run.quantised, base.held_out)
+        return Start(progress, [*told, *_begin_at_file(run)])  # after the base was measured
     progress = load_checkpoint(checkpoint, plan, run.base_hash, state_of(run))
     if progress.step > run.recipe.train.max_steps:
         raise RecipeError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ from lora_kit.errors import LoraKitError
 from lora_kit.models import base_hash, load_bundle
 from lora_kit.training import train
 from lora_kit.training.build import build_run
+from lora_kit.training.measures import means
+from lora_kit.training.quantised_base import loss_line
+from lora_kit.training.validation import measure_base
 
 KINDS = ("nf4", "int8")
 BOTH = "targets={preset: all-linear, rank: 2, text_encoder: true}"
@@ -90,7 +94,7 @@ def test_gradients_reach_every_factor_and_strength_zero_is_the_quantised_base(ma
     assert not unused
     with without_adapters(bundle.components), torch.no_grad():
         off = bundle.family.predict(bundle, z, t, bundle.family.condition(bundle, ["red circle"]))
-    set_scale(bundle.components, 0.0)
+    set_scale(bundle.components, {"default": 0.0})
     with torch.no_grad():
         zero = bundle.family.predict(bundle, z, t, bundle.family.condition(bundle, ["red circle"]))
     assert torch.equal(off, base)
@@ -119,3 +123,16 @@ def test_whole_differences_are_for_norms_and_not_for_quantised_weights(make_reci
     build_run(make_recipe("model.quantize=nf4", f"targets=[{lora}, {norms}]"), Accelerator(cpu=True))
     with pytest.raises(LoraKitError, match="holds in 4 bits"):
         build_run(make_recipe("model.quantize=nf4", f"targets=[{lora}, {linears}]"), Accelerator(cpu=True))
+
+
+def test_what_quantising_did_to_the_base_is_measured(make_recipe, picture_folder, tmp_path):
+    held = f"validation.held_out={{path: {shutil.copytree(picture_folder, tmp_path / 'others')}}}"
+    exact = build_run(make_recipe(held), Accelerator(cpu=True))
+    run = build_run(make_recipe(held, "model.quantize=nf4"), Accelerator(cpu=True))
+    assert run.quantised is not None
+    before = means(measure_base(exact).held_out)
+    assert list(run.quantised.exact_losses) == pytest.approx(before, rel=1e-5)  # fp32 in another memory order
+    now = measure_base(run).held_out
+    (line,) = loss_line(run.quantised, now)
+    assert f"{sum(before) / len(before):.4f} as it is, {sum(means(now)) / len(now):.4f} in nf4" in line
+    assert means(now) != pytest.approx(before, rel=1e-5)
