@@ -33,6 +33,7 @@ def command(
     from lora_kit.models.outline import read_outline
     from lora_kit.recipe.objective import check_against_base
     from lora_kit.targeting import make_plan, plan_table, plan_to_json
+    from lora_kit.targeting.quantised import quantised_layers
     from lora_kit.targeting.rates import module_rates
 
     base = read_outline(loaded.model)
@@ -50,7 +51,8 @@ def command(
     data = data_facts(loaded.data)
     held = data.buckets
     length = steps(loaded, data.samples, held.steps if held else None)
-    bytes_held = memory(loaded, plan, base.parameters)
+    few_bits = quantised_layers(loaded.model.quantize, base.tree, plan)
+    bytes_held = memory(loaded, plan, base.parameters, few_bits)
     if as_json:
         document = {
             "base": loaded.model.base,
@@ -107,7 +109,8 @@ def _memory_lines(held: Memory) -> list[str]:
     average = f", average {byte_size(held.average)}" if held.average else ""
     weights, gradients, moments = map(byte_size, (held.weights, held.gradients, held.moments))
     parts = f"weights {weights}, gradients {gradients}, moments {moments}{average}"
+    few = f" (of {byte_size(held.unquantised)} before `model.quantize`)" if held.unquantised is not None else ""
     return [
         f"memory: {byte_size(held.trainable)} to train ({parts})",
-        f"        {byte_size(held.frozen)} frozen weights; activations come on top",
+        f"        {byte_size(held.frozen)} frozen weights{few}; activations come on top",
     ]

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from lora_kit.recipe import Recipe
 from lora_kit.recipe.optimizer import OPTIMIZERS
 from lora_kit.targeting import Target, TargetPlan
+from lora_kit.targeting.quantised import Quantised
 
 FP32 = 4
 _BLOCK = 256  # bitsandbytes keeps an fp32 scale for this many 8-bit moments
@@ -29,6 +30,9 @@ class Memory(NamedTuple):
     frozen: int
     """Frozen UNet and text encoder in the base's precision, and the VAE in fp32."""
 
+    unquantised: int | None = None
+    """What `frozen` would be without `model.quantize`; None: it is not quantised."""
+
     @property
     def trainable(self) -> int:
         """All that grows with the trainable weights."""
@@ -47,19 +51,22 @@ class Steps(NamedTuple):
     epochs: float | None
 
 
-def memory(recipe: Recipe, plan: TargetPlan, parameters: dict[str, int]) -> Memory:
+def memory(recipe: Recipe, plan: TargetPlan, parameters: dict[str, int], few_bits: Quantised | None = None) -> Memory:
     """Estimate from counts alone; `parameters` of each network, the VAE too."""
     trainable = plan.trainable_parameters * FP32
     whole = sum(target.parameters for target in plan.targets if target.method == "full")
     # Where whole weights train, all of the base is held in fp32.
     width = FP32 if whole or recipe.train.mixed_precision == "no" else 2
     vae = parameters.get("vae", 0)
+    frozen = (sum(parameters.values()) - vae - whole) * width + vae * FP32
+    saved = few_bits.before(width) - few_bits.after if few_bits and few_bits.modules else None
     return Memory(
         weights=trainable,
         gradients=trainable,
         moments=sum(_moments(recipe.optimizer.name, size) for target in plan.targets for size in _tensors(target)),
         average=trainable if recipe.train.ema_decay else 0,
-        frozen=(sum(parameters.values()) - vae - whole) * width + vae * FP32,
+        frozen=frozen - (saved or 0),
+        unquantised=frozen if saved is not None else None,
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from lora_kit.recipe.base import Problem
 from lora_kit.recipe.methods import IN_PEFT_LAYERS, WITH_UP_AND_DOWN
 from lora_kit.recipe.objective import prediction_problems
+from lora_kit.recipe.quantize import quantize_problems
 from lora_kit.recipe.rules import PresetRules, TargetRule
 from lora_kit.recipe.schedule import schedule_problems
 from lora_kit.recipe.validation import result_problems, validation_problems
@@ -31,14 +32,17 @@ def recipe_problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _begins_at_adapter(recipe)
     yield from _begins_twice(recipe)
     yield from _layout(recipe)
+    yield from quantize_problems(recipe.model, [one for one in _placed_rules(recipe) if _trains(one.rule)])
 
 
-class _Placed(NamedTuple):
+class Placed(NamedTuple):
+    """A preset or rule, and where it stands."""
+
     path: tuple[str | int, ...]
     rule: PresetRules | TargetRule
 
 
-def _placed_rules(recipe: Recipe) -> Iterator[_Placed]:
+def _placed_rules(recipe: Recipe) -> Iterator[Placed]:
     """Every preset and rule with its path, in order."""
     if isinstance(recipe.targets, PresetRules):
         yield from _with_followers(("targets",), recipe.targets)
@@ -47,11 +51,11 @@ def _placed_rules(recipe: Recipe) -> Iterator[_Placed]:
         yield from _with_followers(("targets", index), item)
 
 
-def _with_followers(path: tuple[str | int, ...], item: PresetRules | TargetRule) -> Iterator[_Placed]:
-    yield _Placed(path, item)
+def _with_followers(path: tuple[str | int, ...], item: PresetRules | TargetRule) -> Iterator[Placed]:
+    yield Placed(path, item)
     if isinstance(item, PresetRules):
         for index, rule in enumerate(item.rules):
-            yield _Placed((*path, "rules", index), rule)
+            yield Placed((*path, "rules", index), rule)
 
 
 def _trains(rule: PresetRules | TargetRule) -> bool:
@@ -160,9 +164,6 @@ def _targets_of_sources(recipe: Recipe) -> Iterator[Problem]:
     """What the base predicts can only be asked while its weights are there."""
     if not any(_trains(rule) and rule.method == "full" for _, rule in _placed_rules(recipe)):
         return
-    if recipe.validation.drift_prompts:
-        said = "needs the base's own weights, which `method: full` changes; remove it, or train adapters."
-        yield Problem(("validation", "drift_prompts"), said)
     for index, source in enumerate(recipe.data.sources):
         if source.target == "base":
             said = "`target: base` needs the base's own weights, which `method: full` changes; train adapters"

@@ -81,6 +81,11 @@ class ModelSection(Section):
     """Go on from this adapter, a file of any layout or PEFT's folder: training begins at its weights instead of at
     zero. `targets` must pick its modules with its ranks and alphas. The base that figures compare with is the base
     without it."""
+    quantize: Literal["none", "nf4", "int8"] = "none"
+    """Hold the frozen base's large linear layers in 4 bits (`nf4`, with double quantisation: QLoRA, Dettmers et al.
+    2023) or 8 (`int8`, LLM.int8(), Dettmers et al. 2022), by bitsandbytes. Saves memory, costs time and exactness, both
+    told at the start. Of the UNet, and of the text encoder where it is trained; convolutions, norms and embeddings
+    stay. For `lora` and `rslora`; the adapter is an ordinary one for the true base."""
     weights: Literal["pretrained", "fresh"] = "pretrained"
     """`fresh` initialises UNet and text encoder anew from the base's configs (the VAE keeps its weights)."""
 

@@ -18,6 +18,7 @@ from lora_kit.models import ModelBundle, base_hash, load_bundle
 from lora_kit.progress import no_progress, progress
 from lora_kit.recipe import Recipe
 from lora_kit.targeting import TargetPlan, make_plan, module_tree
+from lora_kit.targeting.quantised import quantised_layers
 from lora_kit.training.checkpoints import named_trainables
 from lora_kit.training.conditions import Conditions
 from lora_kit.training.ema import WeightAverage
@@ -28,6 +29,7 @@ from lora_kit.training.objective import adopt_schedule, build_objective, objecti
 from lora_kit.training.optimizers import build_optimizer, parameter_groups, up_matrices
 from lora_kit.training.precision import base_dtype
 from lora_kit.training.prepared import PreparedData, place_networks, prepare_data
+from lora_kit.training.quantised_base import QuantisedBase, exact_losses, quantise_base
 from lora_kit.training.sharding import shard
 from lora_kit.training.start import starting_updates
 from lora_kit.training.step import Learner
@@ -56,6 +58,8 @@ class Run(NamedTuple):
     """What of `model.adapter` is to be put in before the first step; None: nothing."""
     limited: Sequence[Limited] = ()
     """Modules whose updates are kept below a norm."""
+    quantised: QuantisedBase | None = None
+    """What `model.quantize` did; None: nothing."""
 
     @property
     def data(self) -> TrainingSet:
@@ -99,6 +103,8 @@ class Run(NamedTuple):
             ]
         if self.accelerator.num_processes > 1:
             notices = [f"{self.accelerator.num_processes} processes share each step's pictures.", *notices]
+        if self.quantised is not None:
+            notices = [*notices, self.quantised.line()]
         if len({target.alpha for target in self.plan.targets}) > 1:
             notices = [*notices, MIXED_ALPHAS]
         return notices
@@ -123,15 +129,23 @@ def build_run(recipe: Recipe, accelerator: Accelerator, resumes: bool = False) -
     raw = read_raw(file) if file else None
     bundle = load_bundle(recipe.model, dtype=base_dtype(recipe), seed=recipe.seed)
     adopt_schedule(recipe.objective, bundle)
-    plan = make_plan(recipe.targets, module_tree(bundle.components))
+    tree = module_tree(bundle.components)
+    plan = make_plan(recipe.targets, tree)
+    few_bits = quantised_layers(recipe.model.quantize, tree, plan)
     start = starting_updates(file, raw, adaptable_modules(bundle.components), plan) if file and raw else None
     hashed = "" if plan.targets[0].method == "full" else base_hash(bundle)
     trains_text = any(target.module.component == "text_encoder" for target in plan.targets)
     bar = progress if accelerator.is_main_process else no_progress
     data = prepare_data(recipe, bundle, trains_text, accelerator, bar)
     sharding = sharding_of(accelerator)
+    quantised = None
+    if few_bits.modules:  # before the networks are placed, so that the device never holds them whole
+        exact = [] if resumes else exact_losses(recipe, bundle, data, trains_text, accelerator)
+        make_trainable(recipe, bundle, plan)
+        quantised = quantise_base(bundle.components, few_bits, accelerator.device, exact)
     place_networks(bundle, data, trains_text, accelerator.device, sharded=sharding is not None)
-    make_trainable(recipe, bundle, plan)
+    if quantised is None:
+        make_trainable(recipe, bundle, plan)
     if sharding is not None:  # a frozen text encoder runs where a caption is new, so not everywhere at once
         names = ("unet", "text_encoder") if trains_text else ("unet",)
         shard({name: bundle.components[name] for name in names}, sharding, accelerator.device)
@@ -150,7 +164,7 @@ def build_run(recipe: Recipe, accelerator: Accelerator, resumes: bool = False) -
     )
     average = WeightAverage(trainable, recipe.train, learner.optimizer.optimizer)
     limited = limited_modules(plan, by_module)
-    return Run(recipe, accelerator, bundle, plan, data, trainable, average, learner, hashed, start, limited)
+    return Run(recipe, accelerator, bundle, plan, data, trainable, average, learner, hashed, start, limited, quantised)
 
 
 def make_trainable(recipe: Recipe, bundle: ModelBundle, plan: TargetPlan) -> None:

@@ -89,6 +89,8 @@ def training_facts(run: Run, step: int) -> TrainingFacts:
 def _write_adapter(run: Run, path: Path, step: int, weights: str) -> None:
     updates = adapter_state(run.bundle.components, ADAPTER)
     metadata = training_metadata(training_facts(run, step)) | {"lora_kit.weights": weights}
+    if run.quantised is not None:  # the hash is of the true base
+        metadata["lora_kit.base_quantized"] = run.quantised.kind
     write_adapter(path, AdapterState(updates, dict(sorted(metadata.items()))), run.recipe.save.format, _dtype(run))
 
 

@@ -13,6 +13,7 @@ from lora_kit.targeting import plan_to_json
 from lora_kit.training.build import ADAPTER, Run
 from lora_kit.training.checkpoints import Progress, State, load_checkpoint, losses_known
 from lora_kit.training.measuring import Base, measure_base, measured_with
+from lora_kit.training.quantised_base import loss_line
 from lora_kit.training.schedules import Rewarm, learning_rate_factor
 from lora_kit.training.start import begin_at
 
@@ -75,7 +76,8 @@ def begin(run: Run, checkpoint: Path | None) -> Start:
     if checkpoint is None:
         progress = Progress(0, plan, base.held_out, run.data.fingerprint, run.base_hash, recipe)
         progress = replace(progress, train_base_losses=base.train, measured_with=key)
-        return Start(progress, _begin_at_file(run), base)
+        told = loss_line(run.quantised, base.held_out)
+        return Start(progress, [*told, *_begin_at_file(run)], base)
     progress = load_checkpoint(checkpoint, plan, run.base_hash, state_of(run))
     if progress.step > run.recipe.train.max_steps:
         raise RecipeError(

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from lora_kit.data import Batch, make_loader
 from lora_kit.errors import LoraKitError, TrainingError
 from lora_kit.files import write_text
+from lora_kit.models.quantise import check_quantise
 from lora_kit.recipe import Recipe, dump_recipe
 from lora_kit.training.build import Run, build_run
 from lora_kit.training.checkpoint_folder import mark_best, newest_whole, remove_old
@@ -20,7 +21,7 @@ from lora_kit.training.checkpoints import Progress, checkpoint_name, save_checkp
 from lora_kit.training.disk import full_disk_told
 from lora_kit.training.finish import Outcome, finish_run
 from lora_kit.training.folder import RunFolder, prepare_folder
-from lora_kit.training.launch import build_accelerator
+from lora_kit.training.launch import build_accelerator, sharding_of
 from lora_kit.training.launcher import follow_launcher
 from lora_kit.training.max_norm import limit_norms
 from lora_kit.training.measuring import Base
@@ -53,6 +54,7 @@ def train(recipe: Recipe) -> Outcome:
 
 def _train_in(folder: RunFolder, recipe: Recipe, accelerator: Accelerator) -> Outcome:
     check_optimizer(recipe, accelerator.device)
+    check_quantise(recipe.model.quantize, accelerator.device, sharded=sharding_of(accelerator) is not None)
     damaged = prepare_folder(recipe) if accelerator.is_main_process else []
     accelerator.wait_for_everyone()
     checkpoint = common_checkpoint(accelerator, recipe)

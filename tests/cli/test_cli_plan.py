@@ -6,14 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from bitsandbytes.optim import AdamW8bit
 from PIL import Image
 
 from lora_kit.cli.main import main
 from lora_kit.cli.plan_facts import memory, steps
 from lora_kit.cli.plan_sources import data_facts
-from lora_kit.recipe import Recipe
+from lora_kit.recipe import Recipe, load_recipe
 from lora_kit.targeting import ModuleInfo, Target, TargetPlan, plan_from_json
+from lora_kit.training.build import build_run
 
 
 @pytest.fixture
@@ -68,6 +70,21 @@ def test_overrides_change_the_plan(recipe: Path, capsys: pytest.CaptureFixture[s
     assert _run(str(recipe), "targets.rank=3", "--json") == 0
     ranks = {target["rank"] for target in json.loads(capsys.readouterr().out)["plan"]["targets"]}
     assert ranks == {3}
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_memory_of_a_quantised_base_is_what_a_run_holds(
+    recipe: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(str(recipe), "--json") == 0
+    plain = json.loads(capsys.readouterr().out)["memory_bytes"]
+    assert plain["unquantised"] is None
+    assert _run(str(recipe), "--json", f"model.quantize={kind}") == 0
+    held = json.loads(capsys.readouterr().out)["memory_bytes"]
+    run = build_run(load_recipe(recipe, [f"model.quantize={kind}"]), Accelerator(cpu=True))
+    assert run.quantised is not None
+    assert held["unquantised"] == plain["frozen"]
+    assert plain["frozen"] - held["frozen"] == run.quantised.before - run.quantised.after > 0
 
 
 def test_rule_that_picks_nothing_exits_2_without_output(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
