@@ -82,8 +82,17 @@ def quantised(linear: nn.Linear, kind: str, device: torch.device) -> nn.Linear:
     if cast("nn.Parameter | None", linear.bias) is not None:
         made.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
     made.to(device)  # bitsandbytes quantises when its weight is moved
+    made.register_forward_pre_hook(_as_autocast)
     made.train(linear.training)
     return cast("nn.Linear", made)
+
+
+def _as_autocast(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What autocast does to a plain layer's input. bitsandbytes gives its outputs in the input's precision instead, and
+    an fp32 one does not fit the bf16 norm that follows."""
+    x = cast(Tensor, inputs[0])
+    kind = x.device.type
+    return (x.to(torch.get_autocast_dtype(kind)), *inputs[1:]) if torch.is_autocast_enabled(kind) else inputs
 
 
 def true_weight(layer: nn.Module) -> Tensor:

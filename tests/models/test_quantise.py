@@ -95,6 +95,15 @@ def test_looking_does_not_change_what_training_computes(kind):
     assert torch.equal(made.train()(x.clone().requires_grad_()).detach(), before)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_under_autocast_it_gives_the_precision_of_a_plain_layer(kind):
+    plain = layer(64, 64, torch.bfloat16)
+    made = quantised(plain, kind, CPU)
+    with torch.autocast("cpu", torch.bfloat16):
+        x = torch.randn(4, 64)
+        assert made(x).dtype == plain(x).dtype == torch.bfloat16
+
+
 def test_the_layer_it_was_made_from_is_left_as_it_was():
     plain = layer(64, 64)
     kept = copy.deepcopy(plain.state_dict())

@@ -31,9 +31,16 @@ def digest(path: Path) -> str:
     return hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_resumed_run_is_the_same_run(make_recipe, tmp_path, kind):
-    own = (f"model.quantize={kind}", CHECKPOINTING, "validation.every=1", "validation.prompts=['red circle']")
+def test_a_resumed_run_is_the_same_run(make_recipe, tmp_path, kind, precision):
+    own = (
+        f"model.quantize={kind}",
+        CHECKPOINTING,
+        f"train.mixed_precision={precision}",
+        "validation.every=1",
+        "validation.prompts=['red circle']",
+    )
     train(make_recipe(*own, name="whole"))
     train(make_recipe(*own, "train.max_steps=2", name="parted"))
     train(make_recipe(*own, "train.resume=latest", name="parted"))
