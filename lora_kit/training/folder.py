@@ -39,16 +39,6 @@ class RunFolder(NamedTuple):
     root: Path
 
     @property
-    def adapter(self) -> Path:
-        """The result of an adapter run."""
-        return self.root / "adapter.safetensors"
-
-    @property
-    def adapter_average(self) -> Path:
-        """Its moving average, where the recipe keeps one."""
-        return self.root / "adapter.ema.safetensors"
-
-    @property
     def model(self) -> Path:
         """The result of a full fine-tune: a diffusers folder."""
         return self.root / "model"
