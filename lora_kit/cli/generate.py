@@ -11,6 +11,7 @@ import typer
 
 from lora_kit.cli.options import (
     BLOCK_WEIGHTS_HELP,
+    EMBEDDING_HELP,
     LONG_PROMPTS_HELP,
     SCALE_HELP,
     DtypeName,
@@ -29,6 +30,7 @@ def command(
     adapter: Annotated[list[str] | None, typer.Option(help="FILE or FILE:SCALE. May be given several times.")] = None,
     scale: Annotated[list[str] | None, typer.Option(help=SCALE_HELP)] = None,
     block_weights: Annotated[str | None, typer.Option(help=BLOCK_WEIGHTS_HELP)] = None,
+    embedding: Annotated[list[str] | None, typer.Option(help=EMBEDDING_HELP)] = None,
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
     seed: Annotated[int, typer.Option(min=0, help="Seed of each prompt's first picture; the next has the next.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="Pictures for each prompt.")] = 1,
@@ -55,7 +57,7 @@ def command(
     asked = SamplingSettings(
         steps=steps, guidance=guidance, negative_prompt=negative, sampler=sampler, long_prompts=long_prompts
     )
-    prepared = open_base(base, adapters, dtype, rules)
+    prepared = open_base(base, adapters, dtype, rules, embedding or ())
     settings = settings_for(prepared, size, asked)
     warn_of_long_prompts(prepared, [*prompt, negative], settings)
     scales = [option.scale for option in adapters]
@@ -66,7 +68,7 @@ def command(
             "prompt": picture.prompt,
             "seed": str(picture.seed),
             "adapters": used,
-            **facts_of(base, settings, rules),
+            **facts_of(base, settings, rules, embedding or ()),
         }
         save_png(picture.image, path, facts)
         typer.echo(str(path))

@@ -16,6 +16,10 @@ DtypeName = Literal["fp32", "bf16", "fp16"]
 LongPrompts = Literal["cut", "chunks"]
 LONG_PROMPTS_HELP = "Prompts of more than 75 tokens: cut their end off, or encode them in chunks, as web UIs do."
 
+EMBEDDING_HELP = (
+    "Learned token (textual inversion): FILE, or TOKEN=FILE to name it anew; prompts say the token. May be given "
+    "several times."
+)
 SCALE_HELP = (
     "PATTERN=NUMBER, such as unet.up_blocks.**=0.6: multiplies the strength of what it matches; the last match "
     "decides. May be given several times."
