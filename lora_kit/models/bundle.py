@@ -30,6 +30,13 @@ class Family(Protocol):
     sees_mask: bool
     """Whether the network is told by `beside_drawn` what is to be filled. For others, what surrounds the mask is put
     back after each step of the sampler."""
+    pipeline_name: str
+    """The class of diffusers that draws with it."""
+
+    @property
+    def fills_masks(self) -> bool:
+        """Whether the data's masks say what is to be filled, which `beside` is told, not what counts in the loss."""
+        ...
 
     def for_recipe(self, recipe: Recipe) -> Family:
         """The family as the recipe's section about it says. Raises RecipeError for what it cannot do."""

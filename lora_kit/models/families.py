@@ -11,9 +11,12 @@ from torch import Tensor
 
 from lora_kit.errors import ModelError, RecipeError
 from lora_kit.models.bundle import Family, ModelBundle
+from lora_kit.models.family_names import fills_masks
+from lora_kit.models.inpainting import FillsMasks
 from lora_kit.models.picture_inputs import PictureInputs
 from lora_kit.models.text_states import PaddedStates, chunk_ids, join_states
 from lora_kit.recipe.captions import LongText
+from lora_kit.recipe.inpainting import check_inpainting
 
 if TYPE_CHECKING:
     from lora_kit.recipe import Recipe
@@ -22,7 +25,6 @@ _OTHER_INPUTS = {
     5: "a depth-to-image model",
     7: "an upscaler",
     8: "an image-editing model (InstructPix2Pix)",
-    9: "an inpainting model",
 }
 
 
@@ -33,9 +35,12 @@ class StableDiffusion:
     needs_pixels = False
     begins_at_picture = True
     sees_mask = False
+    fills_masks = False
+    pipeline_name = "StableDiffusionPipeline"
 
     def for_recipe(self, recipe: Recipe) -> Family:
         """Itself: no section is about it."""
+        check_inpainting(recipe, self.name, fills=False)
         return self
 
     def encode(self, bundle: ModelBundle, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,6 +163,18 @@ class StableDiffusion2(StableDiffusion):
     name = "sd2"
 
 
+class StableDiffusion1Inpainting(FillsMasks, StableDiffusion):
+    """SD 1.x inpainting."""
+
+    name = "sd1-inpainting"
+
+
+class StableDiffusion2Inpainting(FillsMasks, StableDiffusion):
+    """SD 2.x inpainting."""
+
+    name = "sd2-inpainting"
+
+
 def latent_scale(vae: AutoencoderKL) -> tuple[float, float]:
     """(scaling_factor, shift_factor) of the VAE's config; a missing shift is 0."""
     config: Any = vae.config
@@ -183,7 +200,8 @@ def recognise(unet: Mapping[str, Any], text_width: int, source: str) -> Family:
     channels, width = unet.get("in_channels"), unet.get("cross_attention_dim")
     if unet.get("addition_embed_type") == "text_time":
         raise _unsupported(source, "a Stable Diffusion XL model (its UNet takes a pooled text embedding and sizes)")
-    if channels != unet.get("out_channels"):
+    fills = fills_masks(unet)
+    if channels != unet.get("out_channels") and not fills:
         kind = _OTHER_INPUTS.get(int(channels or 0), "of an unknown kind")
         raise _unsupported(source, f"{kind}: its UNet takes {channels} channels and gives {unet.get('out_channels')}")
     if unet.get("class_embed_type") is not None or unet.get("num_class_embeds") is not None:
@@ -193,11 +211,16 @@ def recognise(unet: Mapping[str, Any], text_width: int, source: str) -> Family:
             f"{source}: the UNet attends to text states of width {width}, but the text encoder gives {text_width}. "
             f"Its parts come from different models; use the text encoder that the UNet was trained with."
         )
-    return StableDiffusion2() if unet.get("use_linear_projection") else StableDiffusion1()
+    first, second = (StableDiffusion1, StableDiffusion2)
+    if fills:
+        first, second = (StableDiffusion1Inpainting, StableDiffusion2Inpainting)
+    return second() if unet.get("use_linear_projection") else first()
 
 
 def _unsupported(source: str, what: str) -> ModelError:
-    return ModelError(f"{source} is {what}. Supported so far: Stable Diffusion v1 and v2, text to image.")
+    return ModelError(
+        f"{source} is {what}. Supported so far: Stable Diffusion v1 and v2, text to image and inpainting."
+    )
 
 
 def _tokenizer(bundle: ModelBundle) -> Any:

@@ -45,14 +45,14 @@ def scheduler_named(name: str, config: Mapping[str, Any]) -> Any:
 
 
 def pipeline(bundle: ModelBundle, scheduler: str = "ddim") -> diffusers.StableDiffusionPipeline:
-    """diffusers' StableDiffusionPipeline around the bundle's own networks (not copies), without progress bar.
+    """diffusers' own pipeline of the family around the bundle's own networks (not copies), without progress bar.
 
     No safety checker: it judges photographs and is no part of the base. A VAE of another precision than the UNet
     casts what it is given.
     """
     _cast_on_entry(bundle.vae)
     config = {**bundle.scheduler_config, "prediction_type": bundle.prediction_type}
-    make: Any = diffusers.StableDiffusionPipeline  # annotated as if its optional parts were not
+    make: Any = getattr(diffusers, bundle.family.pipeline_name)  # annotated as if its optional parts were not
     pipe: Any = make(
         vae=bundle.vae,
         text_encoder=bundle.text_encoder,
