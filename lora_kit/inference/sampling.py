@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from lora_kit.errors import ModelError, RecipeError
 from lora_kit.models import ModelBundle, scheduler_named
-from lora_kit.models.families import latent_scale
+from lora_kit.models.first_stage import decode as decode_latents
+from lora_kit.models.first_stage import latent_channels, vae_factor
 from lora_kit.progress import ProgressBar, no_progress
 from lora_kit.recipe.captions import LongText
 
@@ -106,12 +107,6 @@ def evaluating(*networks: nn.Module) -> Generator[None]:
             module.training = training
 
 
-def vae_factor(bundle: ModelBundle) -> int:
-    """Pixels per latent cell, along one side."""
-    config: Any = bundle.vae.config
-    return 2 ** (len(config.block_out_channels) - 1)
-
-
 def _check(bundle: ModelBundle, settings: SamplingSettings) -> None:
     factor = vae_factor(bundle)
     if settings.steps < 1:
@@ -152,8 +147,7 @@ def _step_options(scheduler: Any, generators: list[torch.Generator]) -> dict[str
 def initial_noise(bundle: ModelBundle, generators: list[torch.Generator], settings: SamplingSettings) -> Tensor:
     """Standard normal [b, c, h, w], fp32; drawn on the CPU, so that a seed means the same on every device."""
     factor = vae_factor(bundle)
-    config: Any = bundle.vae.config
-    shape = (config.latent_channels, settings.height // factor, settings.width // factor)
+    shape = (latent_channels(bundle.vae), settings.height // factor, settings.width // factor)
     noise = [torch.randn(shape, generator=generator) for generator in generators]
     return torch.stack(noise).to(bundle.device)
 
@@ -165,9 +159,7 @@ def decode(bundle: ModelBundle, latents: Tensor) -> Tensor:
     """
     vae: Any = bundle.vae
     # The VAE has its own precision and, being large, works on one picture at a time: activations are what fills memory.
-    scale, shift = latent_scale(vae)
-    scaled = (latents / scale + shift).to(vae.dtype)
-    pixels = torch.cat([vae.decode(one).sample.float() for one in scaled.split(_decoded_at_once(scaled))])
+    pixels = torch.cat([decode_latents(vae, one) for one in latents.split(_decoded_at_once(latents))])
     if not bool(torch.isfinite(pixels).all()):
         raise ModelError(
             f"the picture holds NaN or infinite values (networks in {bundle.unet.dtype}, VAE in {vae.dtype}). "

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel, VQModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from lora_kit.recipe.captions import LongText
+
+FirstStage = AutoencoderKL | VQModel
 
 
 class Family(Protocol):
@@ -58,7 +60,7 @@ class ModelBundle:
 
     family: Family
     unet: UNet2DConditionModel
-    vae: AutoencoderKL
+    vae: FirstStage
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer | None
     scheduler_config: dict[str, Any]

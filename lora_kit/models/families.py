@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 
 from lora_kit.errors import ModelError
+from lora_kit.models import first_stage
 from lora_kit.models.bundle import Family, ModelBundle
 from lora_kit.models.text_states import PaddedStates, chunk_ids, join_states
 from lora_kit.recipe.captions import LongText
@@ -28,18 +28,12 @@ class StableDiffusion:
     name = "sd"
 
     def encode(self, bundle: ModelBundle, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """pixels [b, 3, H, W] in -1..1 → mean and standard deviation of the latents [b, c, h, w], unscaled fp32.
-
-        Runs in the VAE's own precision even inside autocast: SD's VAE overflows in fp16.
-        """
-        vae: Any = bundle.vae
-        with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
-            posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
-        return posterior.mean.float(), posterior.std.float()
+        """pixels [b, 3, H, W] in -1..1 → mean and standard deviation of the latents [b, c, h, w], unscaled fp32."""
+        return first_stage.encode(bundle.vae, pixels)
 
     def target_latents(self, bundle: ModelBundle, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
         """z0 = scaling_factor · (mean + std · noise − shift), fp32; SD's own VAEs have no shift."""
-        scale, shift = latent_scale(bundle.vae)
+        scale, shift = first_stage.latent_scale(bundle.vae)
         return (mean.float() + std.float() * noise.float() - shift) * scale
 
     def condition(self, bundle: ModelBundle, captions: list[str], long: LongText = "cut") -> Tensor | PaddedStates:
@@ -108,12 +102,6 @@ class StableDiffusion2(StableDiffusion):
     """SD 2.x: OpenCLIP ViT-H/14, attention projections as linear layers."""
 
     name = "sd2"
-
-
-def latent_scale(vae: AutoencoderKL) -> tuple[float, float]:
-    """(scaling_factor, shift_factor) of the VAE's config; a missing shift is 0."""
-    config: Any = vae.config
-    return float(config.scaling_factor), float(getattr(config, "shift_factor", None) or 0.0)
 
 
 def token_limit(bundle: ModelBundle) -> int:

@@ -9,7 +9,7 @@ import diffusers
 from torch import Tensor, nn
 
 from lora_kit.errors import ModelError, did_you_mean
-from lora_kit.models.bundle import ModelBundle
+from lora_kit.models.bundle import FirstStage, ModelBundle
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -68,14 +68,13 @@ def pipeline(bundle: ModelBundle, scheduler: str = "ddim") -> diffusers.StableDi
 
 
 def _cast_to_own(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Forward pre-hook: casts a layer's input to its weight's dtype."""
-    weight: Any = layer.weight
-    return (inputs[0].to(weight.dtype), *inputs[1:])
+    """Forward pre-hook: casts a layer's input to its weights' dtype."""
+    return (inputs[0].to(next(layer.parameters()).dtype), *inputs[1:])
 
 
-def _cast_on_entry(vae: diffusers.AutoencoderKL) -> None:
-    """Let an fp32 VAE decode what a bf16 UNet made: diffusers hands the latents over as they are."""
-    layers: tuple[Any, ...] = (vae.post_quant_conv, vae.decoder.conv_in)
+def _cast_on_entry(vae: FirstStage) -> None:
+    """Let an fp32 first stage decode what a bf16 UNet made: diffusers hands the latents over as they are."""
+    layers: tuple[Any, ...] = (getattr(vae, "quantize", None), vae.post_quant_conv, vae.decoder.conv_in)
     for layer in layers:
         if layer is not None and not getattr(layer, "_casts_input", False):
             layer.register_forward_pre_hook(_cast_to_own)
