@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel, VQModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -16,6 +16,8 @@ from lora_kit.recipe.captions import LongText
 
 if TYPE_CHECKING:
     from lora_kit.recipe import Recipe
+
+FirstStage = AutoencoderKL | VQModel
 
 
 class Family(Protocol):
@@ -32,11 +34,8 @@ class Family(Protocol):
     back after each step of the sampler."""
     pipeline_name: str
     """The class of diffusers that draws with it."""
-
-    @property
-    def fills_masks(self) -> bool:
-        """Whether the data's masks say what is to be filled, which `beside` is told, not what counts in the loss."""
-        ...
+    fills_masks: bool
+    """Whether the data's masks say what is to be filled, which `beside` is told, not what counts in the loss."""
 
     def for_recipe(self, recipe: Recipe) -> Family:
         """The family as the recipe's section about it says. Raises RecipeError for what it cannot do."""
@@ -120,7 +119,7 @@ class ModelBundle:
 
     family: Family
     unet: UNet2DConditionModel
-    vae: AutoencoderKL
+    vae: FirstStage
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer | None
     scheduler_config: dict[str, Any]
