@@ -78,7 +78,8 @@ def file_hash(path: Path) -> str:
 
 
 def _tree(base: str) -> list[ModuleInfo]:
-    return read_outline(ModelSection(base=base)).tree
+    # What the network predicts does not matter here, and a single file may not say it.
+    return read_outline(ModelSection(base=base, prediction_type="epsilon")).tree
 
 
 def _likely(raws: Sequence[RawAdapter], trees: Trees) -> list[str]:

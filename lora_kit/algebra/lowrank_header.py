@@ -19,6 +19,8 @@ _BASE_KEYS = (
     "modelspec.resolution",
     "lora_kit.family",
     "lora_kit.base_hash",
+    "lora_kit.scheduler",
+    "ss_zero_terminal_snr",
 )
 _STALE = ("lora_kit.plan", "sshs_model_hash", "sshs_legacy_hash", "lora_adapter_metadata", "ss_network_args")
 """Facts of the old ranks: the file written has others, and would be misread by them."""

@@ -44,11 +44,6 @@ def read_sources(base: Base, adapters: Sequence[tuple[Source, float]]) -> tuple[
         if state.embeddings:
             tokens = ", ".join(sorted(state.embeddings))
             notes.append(f"{source.name}: its learned tokens ({tokens}) are no weights, and are not in the merged base")
-        if state.metadata.get("ss_zero_terminal_snr") == "True":
-            notes.append(
-                f"{source.name} was trained with zero terminal SNR, which is no weight: sample the merged base with "
-                "rescale_betas_zero_snr=True and timestep_spacing='trailing' in its scheduler's config"
-            )
         found.append(Scaled(state, scale))
     if problems:
         raise AdapterFileError("\n".join(problems))
