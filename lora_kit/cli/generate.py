@@ -12,9 +12,13 @@ import typer
 from lora_kit.cli.options import (
     BLOCK_WEIGHTS_HELP,
     LONG_PROMPTS_HELP,
+    PREDICTION_HELP,
     SCALE_HELP,
+    TOKENIZER_HELP,
     DtypeName,
     LongPrompts,
+    PredictionName,
+    base_section,
     parse_adapter,
     parse_size,
     refuse_existing,
@@ -37,6 +41,8 @@ def command(
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels. Default: the base's own.")] = None,
     sampler: Annotated[str, typer.Option(help="ddim, dpm++, euler or pndm.")] = "ddim",
     long_prompts: Annotated[LongPrompts, typer.Option(help=LONG_PROMPTS_HELP)] = "cut",
+    prediction_type: Annotated[PredictionName | None, typer.Option(help=PREDICTION_HELP)] = None,
+    tokenizer: Annotated[str | None, typer.Option(help=TOKENIZER_HELP)] = None,
     dtype: Annotated[DtypeName | None, typer.Option(help="Default: fp16 on a GPU, else fp32.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures that are there.")] = False,
 ) -> None:
@@ -55,7 +61,7 @@ def command(
     asked = SamplingSettings(
         steps=steps, guidance=guidance, negative_prompt=negative, sampler=sampler, long_prompts=long_prompts
     )
-    prepared = open_base(base, adapters, dtype, rules)
+    prepared = open_base(base_section(base, prediction_type, tokenizer), adapters, dtype, rules)
     settings = settings_for(prepared, size, asked)
     warn_of_long_prompts(prepared, [*prompt, negative], settings)
     scales = [option.scale for option in adapters]
@@ -66,6 +72,7 @@ def command(
             "prompt": picture.prompt,
             "seed": str(picture.seed),
             "adapters": used,
+            "prediction_type": prepared.bundle.prediction_type,
             **facts_of(base, settings, rules),
         }
         save_png(picture.image, path, facts)

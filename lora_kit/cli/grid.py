@@ -11,9 +11,13 @@ import typer
 from lora_kit.cli.options import (
     BLOCK_WEIGHTS_HELP,
     LONG_PROMPTS_HELP,
+    PREDICTION_HELP,
     SCALE_HELP,
+    TOKENIZER_HELP,
     DtypeName,
     LongPrompts,
+    PredictionName,
+    base_section,
     parse_adapter,
     parse_numbers,
     parse_seeds,
@@ -39,6 +43,8 @@ def command(
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT of a picture. Default: the base's own.")] = None,
     sampler: Annotated[str, typer.Option(help="ddim, dpm++, euler or pndm.")] = "ddim",
     long_prompts: Annotated[LongPrompts, typer.Option(help=LONG_PROMPTS_HELP)] = "cut",
+    prediction_type: Annotated[PredictionName | None, typer.Option(help=PREDICTION_HELP)] = None,
+    tokenizer: Annotated[str | None, typer.Option(help=TOKENIZER_HELP)] = None,
     dtype: Annotated[DtypeName | None, typer.Option(help="Default: fp16 on a GPU, else fp32.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a picture that is there.")] = False,
 ) -> None:
@@ -59,7 +65,7 @@ def command(
     asked = SamplingSettings(
         steps=steps, guidance=guidance, negative_prompt=negative, sampler=sampler, long_prompts=long_prompts
     )
-    prepared = open_base(base, adapters, dtype, rules)
+    prepared = open_base(base_section(base, prediction_type, tokenizer), adapters, dtype, rules)
     settings = settings_for(prepared, size, asked)
     warn_of_long_prompts(prepared, [*prompt, negative], settings)
     sheet = grid(prepared, prompt, rows, strengths, settings, progress)
@@ -67,6 +73,7 @@ def command(
         "prompts": json.dumps(prompt, ensure_ascii=False),
         "seeds": seeds,
         "scales": scales,
+        "prediction_type": prepared.bundle.prediction_type,
         "adapters": json.dumps([option.path.name for option in adapters]),
     }
     save_png(sheet, out, facts | facts_of(base, settings, rules))

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lora_kit.adapters import AdapterState, apply_scales, family_of, fitted, load_adapter, read_raw
+from lora_kit.adapters import AdapterState, apply_scales, family_of, load_adapter, read_raw
 from lora_kit.adapters.state import adaptable_modules
 from lora_kit.inference.sampling import SamplingSettings, vae_factor
 from lora_kit.inference.schedules import follow_schedules, settle_prediction
+from lora_kit.merging.other_family import fitted_to
 from lora_kit.models import ModelBundle, base_hash, load_bundle
 from lora_kit.recipe import ModelSection
 from lora_kit.targeting import module_tree
@@ -47,7 +48,8 @@ def prepare(
     section, warnings = settle_prediction(section, files, [raw.metadata for raw in raws])
     bundle = load_bundle(section, dtype or (torch.float16 if device == "cuda" else torch.float32))
     modules = adaptable_modules(bundle.components)
-    states = [fitted(path, raw, modules) for path, raw in zip(files, raws, strict=True)]
+    called, family = section.base, bundle.family.name
+    states = [fitted_to(path, raw, modules, called, family) for path, raw in zip(files, raws, strict=True)]
     warnings += _mismatches(files, states, bundle)
     shares = _shares(bundle, states, rules)
     warnings += follow_schedules(bundle, files, [state.metadata for state in states])

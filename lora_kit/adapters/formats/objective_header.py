@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from lora_kit.errors import AdapterFileError
-from lora_kit.recipe import ObjectiveSection
+
+if TYPE_CHECKING:
+    from lora_kit.recipe import ObjectiveSection
 
 SCHEDULER_KEY = "lora_kit.scheduler"
 
@@ -38,6 +40,8 @@ def objective_metadata(section: ObjectiveSection, scheduler: Mapping[str, Any]) 
 
     scheduler: what a sampler's config must have beyond the base's own.
     """
+    from lora_kit.recipe import ObjectiveSection  # here: a merge reads headers and needs no recipe
+
     defaults = ObjectiveSection()
     values: dict[str, object] = {
         name: getattr(section, field)
