@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 
-from lora_kit.errors import ModelError
+from lora_kit.errors import ModelError, RecipeError
+from lora_kit.models import first_stage
 from lora_kit.models.bundle import Family, ModelBundle
+from lora_kit.models.family_names import fills_masks
+from lora_kit.models.inpainting import FillsMasks
+from lora_kit.models.picture_inputs import PictureInputs
 from lora_kit.models.text_states import PaddedStates, chunk_ids, expand_tokens, join_states
 from lora_kit.recipe.captions import LongText
+from lora_kit.recipe.inpainting import check_inpainting
+
+if TYPE_CHECKING:
+    from lora_kit.recipe import Recipe
 
 _OTHER_INPUTS = {
     5: "a depth-to-image model",
     7: "an upscaler",
     8: "an image-editing model (InstructPix2Pix)",
-    9: "an inpainting model",
 }
 
 
@@ -26,20 +32,24 @@ class StableDiffusion:
     """Latent diffusion on a VAE, told the last hidden state of a CLIP text encoder (Rombach et al. 2022)."""
 
     name = "sd"
+    needs_pixels = False
+    begins_at_picture = True
+    sees_mask = False
+    fills_masks = False
+    pipeline_name = "StableDiffusionPipeline"
+
+    def for_recipe(self, recipe: Recipe) -> Family:
+        """Itself: no section is about it."""
+        check_inpainting(recipe, self.name, fills=False)
+        return self
 
     def encode(self, bundle: ModelBundle, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """pixels [b, 3, H, W] in -1..1 → mean and standard deviation of the latents [b, c, h, w], unscaled fp32.
-
-        Runs in the VAE's own precision even inside autocast: SD's VAE overflows in fp16.
-        """
-        vae: Any = bundle.vae
-        with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
-            posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
-        return posterior.mean.float(), posterior.std.float()
+        """pixels [b, 3, H, W] in -1..1 → mean and standard deviation of the latents [b, c, h, w], unscaled fp32."""
+        return first_stage.encode(bundle.vae, pixels)
 
     def target_latents(self, bundle: ModelBundle, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
         """z0 = scaling_factor · (mean + std · noise − shift), fp32; SD's own VAEs have no shift."""
-        scale, shift = latent_scale(bundle.vae)
+        scale, shift = first_stage.latent_scale(bundle.vae)
         return (mean.float() + std.float() * noise.float() - shift) * scale
 
     def condition(self, bundle: ModelBundle, captions: list[str], long: LongText = "cut") -> Tensor | PaddedStates:
@@ -87,15 +97,52 @@ class StableDiffusion:
         return sum(len(ids) > limit for ids in encoded.input_ids)
 
     def predict(
-        self, bundle: ModelBundle, noisy: Tensor, timesteps: Tensor, condition: Tensor | PaddedStates
+        self,
+        bundle: ModelBundle,
+        noisy: Tensor,
+        timesteps: Tensor,
+        condition: Tensor | PaddedStates,
+        beside: Tensor | None = None,
     ) -> Tensor:
-        """The UNet's output for z_t [b, c, h, w] at t [b] (int64), fp32 in the latents' shape.
+        """The UNet's output for z_t [b, c, h, w] (`beside` behind it) at t [b] (int64), fp32 in the latents' shape.
 
         Inputs are cast to the dtype the base is held in, so that a bf16 base needs no autocast.
         """
         dtype = bundle.unet.conv_in.weight.dtype
         states, mask = condition if isinstance(condition, PaddedStates) else (condition, None)
-        return bundle.unet(noisy.to(dtype), timesteps, states.to(dtype), encoder_attention_mask=mask).sample.float()
+        seen = noisy if beside is None else torch.cat([noisy, beside], dim=1)
+        return bundle.unet(seen.to(dtype), timesteps, states.to(dtype), encoder_attention_mask=mask).sample.float()
+
+    def beside(
+        self,
+        bundle: ModelBundle,
+        pixels: Tensor,
+        holes: Sequence[Tensor | None],
+        generators: Sequence[torch.Generator],
+    ) -> Tensor | None:
+        """Nothing: the UNet takes z_t alone."""
+        return None
+
+    def beside_drawn(
+        self,
+        bundle: ModelBundle,
+        inputs: Sequence[PictureInputs] | None,
+        latents: Sequence[int],
+        generators: Sequence[torch.Generator],
+    ) -> Tensor | None:
+        """Nothing: the UNet takes z_t alone."""
+        return None
+
+    def drawn_size(self, bundle: ModelBundle, picture: tuple[int, int]) -> tuple[int, int]:
+        """The picture's own size, whose sides must be multiples of the VAE's factor."""
+        factor = first_stage.vae_factor(bundle)
+        fitting = [max(factor, round(side / factor) * factor) for side in picture]
+        if list(picture) != fitting:
+            raise RecipeError(
+                f"The picture has {picture[0]}x{picture[1]} pixels; this base takes sides that are multiples of "
+                f"{factor}. Resize or crop it, to {fitting[0]}x{fitting[1]} for example."
+            )
+        return picture
 
 
 class StableDiffusion1(StableDiffusion):
@@ -110,10 +157,16 @@ class StableDiffusion2(StableDiffusion):
     name = "sd2"
 
 
-def latent_scale(vae: AutoencoderKL) -> tuple[float, float]:
-    """(scaling_factor, shift_factor) of the VAE's config; a missing shift is 0."""
-    config: Any = vae.config
-    return float(config.scaling_factor), float(getattr(config, "shift_factor", None) or 0.0)
+class StableDiffusion1Inpainting(FillsMasks, StableDiffusion):
+    """SD 1.x inpainting."""
+
+    name = "sd1-inpainting"
+
+
+class StableDiffusion2Inpainting(FillsMasks, StableDiffusion):
+    """SD 2.x inpainting."""
+
+    name = "sd2-inpainting"
 
 
 def token_limit(bundle: ModelBundle) -> int:
@@ -129,7 +182,8 @@ def recognise(unet: Mapping[str, Any], text_width: int, source: str) -> Family:
     channels, width = unet.get("in_channels"), unet.get("cross_attention_dim")
     if unet.get("addition_embed_type") == "text_time":
         raise _unsupported(source, "a Stable Diffusion XL model (its UNet takes a pooled text embedding and sizes)")
-    if channels != unet.get("out_channels"):
+    fills = fills_masks(unet)
+    if channels != unet.get("out_channels") and not fills:
         kind = _OTHER_INPUTS.get(int(channels or 0), "of an unknown kind")
         raise _unsupported(source, f"{kind}: its UNet takes {channels} channels and gives {unet.get('out_channels')}")
     if unet.get("class_embed_type") is not None or unet.get("num_class_embeds") is not None:
@@ -139,11 +193,16 @@ def recognise(unet: Mapping[str, Any], text_width: int, source: str) -> Family:
             f"{source}: the UNet attends to text states of width {width}, but the text encoder gives {text_width}. "
             f"Its parts come from different models; use the text encoder that the UNet was trained with."
         )
-    return StableDiffusion2() if unet.get("use_linear_projection") else StableDiffusion1()
+    first, second = (StableDiffusion1, StableDiffusion2)
+    if fills:
+        first, second = (StableDiffusion1Inpainting, StableDiffusion2Inpainting)
+    return second() if unet.get("use_linear_projection") else first()
 
 
 def _unsupported(source: str, what: str) -> ModelError:
-    return ModelError(f"{source} is {what}. Supported so far: Stable Diffusion v1 and v2, text to image.")
+    return ModelError(
+        f"{source} is {what}. Supported so far: Stable Diffusion v1 and v2, text to image and inpainting."
+    )
 
 
 def _tokenizer(bundle: ModelBundle) -> Any:

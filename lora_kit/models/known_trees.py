@@ -47,7 +47,7 @@ def known_tree(family: str) -> list[ModuleInfo]:
 def known_trees() -> dict[str, tuple[ModuleInfo, ...]]:
     """Name of a base → its `known_tree`; the inpainting models and `tiny` too; the commonest base first."""
     plain = {family: tuple(known_tree(family)) for family in KNOWN_FAMILIES}
-    inpainting = {f"{family} inpainting": tuple(_tree(family, _INPAINTING)) for family in KNOWN_FAMILIES}
+    inpainting = {f"{family}-inpainting": tuple(_tree(family, _INPAINTING)) for family in KNOWN_FAMILIES}
     return plain | inpainting | {"tiny": tuple(read_outline(ModelSection(base="tiny")).tree)}
 
 

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple, cast
 
 from safetensors import SafetensorError, safe_open
 
-from lora_kit.models import ldm_configs
+from lora_kit.models import ldm_configs, ldm_prediction
 from lora_kit.models.architecture import UnknownArchitectureError, text_encoder_tree, unet_tree, vae_tree
+from lora_kit.models.family_names import family_name, fills_masks
 from lora_kit.models.ldm_keys import structure
 from lora_kit.recipe.sections import ModelSection
 from lora_kit.targeting import ModuleInfo
@@ -30,8 +31,10 @@ class Outline(NamedTuple):
     """Of `unet`, `text_encoder` and `vae`."""
     prediction_type: str | None = None
     """What the scheduler's config says that the network predicts, and below how many timesteps it has; None where they
-    were not read, as of a single file that the outline describes without loading."""
+    are not there to be read."""
     timesteps: int | None = None
+    family: str = ""
+    """`sd1`, …"""
 
 
 class _Configs(NamedTuple):
@@ -72,11 +75,23 @@ def _configs(section: ModelSection) -> _Configs:
 def _schedule(section: ModelSection) -> dict[str, Any]:
     """The outline's facts of a folder's scheduler; nothing where there is none, which loading will tell."""
     path = TINY_FOLDER if section.base == "tiny" else Path(section.base).expanduser()
+    if path.is_file():
+        return _file_schedule(section, path)
     config = path / "scheduler" / "scheduler_config.json"
     if not config.is_file():
         return {}
     read = _read_json(config)
     return {"prediction_type": read.get("prediction_type", "epsilon"), "timesteps": read.get("num_train_timesteps")}
+
+
+def _file_schedule(section: ModelSection, path: Path) -> dict[str, Any]:
+    with cast(Any, safe_open(path, framework="np")) as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        metadata: dict[str, str] = file.metadata() or {}
+    if section.prediction_type is None and ldm_prediction.is_open(shapes, metadata):
+        raise UnknownArchitectureError  # loading asks for it
+    predicts = section.prediction_type or ldm_prediction.told_by(metadata) or "epsilon"
+    return {"prediction_type": predicts, "timesteps": ldm_configs.SCHEDULER["num_train_timesteps"]}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -86,10 +101,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _described(configs: _Configs) -> Outline:
     unet, text = unet_tree(configs.unet), text_encoder_tree(configs.text_encoder)
     text_width = text[-1].shape[0]  # of the final norm
-    if (configs.unet["in_channels"], configs.unet["cross_attention_dim"]) != (configs.unet["out_channels"], text_width):
+    unet_config = configs.unet
+    if unet_config["cross_attention_dim"] != text_width:
+        raise UnknownArchitectureError
+    if unet_config["in_channels"] != unet_config["out_channels"] and not fills_masks(unet_config):
         raise UnknownArchitectureError
     parameters = {"unet": _count(unet), "text_encoder": _count(text), "vae": _count(vae_tree(configs.vae))}
-    return Outline([*unet, *text], parameters)
+    return Outline([*unet, *text], parameters, family=family_name(unet_config))
 
 
 def _built(section: ModelSection) -> Outline:
@@ -101,7 +119,8 @@ def _built(section: ModelSection) -> Outline:
     networks = {**bundle.components, "vae": bundle.vae}
     sizes = {name: sum(weight.numel() for weight in network.parameters()) for name, network in networks.items()}
     config = bundle.scheduler_config
-    return Outline(tree, sizes, config.get("prediction_type", "epsilon"), config.get("num_train_timesteps"))
+    predicts, count = config.get("prediction_type", "epsilon"), config.get("num_train_timesteps")
+    return Outline(tree, sizes, predicts, count, bundle.family.name)
 
 
 def _count(tree: Sequence[ModuleInfo]) -> int:

@@ -12,8 +12,8 @@ from torch import nn
 
 from lora_kit.data import TrainingSet, cache_latents
 from lora_kit.data.cache import DiskTexts
-from lora_kit.inference.sampling import vae_factor
 from lora_kit.models import ModelBundle
+from lora_kit.models.first_stage import vae_factor
 from lora_kit.progress import ProgressBar
 from lora_kit.recipe import Recipe
 from lora_kit.training.caching import ENCODE_BATCH, data_sets, fill_cache, open_cache
@@ -46,11 +46,11 @@ def prepare_data(
     factor = vae_factor(bundle)
     if recipe.data.cache == "disk":
         cache = open_cache(recipe, bundle, trains_text)
-        sets = data_sets(recipe, cache.hints, bar, factor)
+        sets = _told(data_sets(recipe, cache.hints, bar, factor), bundle)
         filled = [fill_cache(cache, data, bundle, accelerator, bar) for data in sets]
         texts, notices = tuple(one.texts for one in filled if one.texts is not None), tuple(cache.store.notices)
     else:
-        sets, texts, notices = data_sets(recipe, None, bar, factor), (), ()
+        sets, texts, notices = _told(data_sets(recipe, None, bar, factor), bundle), (), ()
         for data in sets:
             cache_latents(data, latent_encoder(bundle, accelerator.device), ENCODE_BATCH, bar)
     for data in sets:
@@ -88,6 +88,14 @@ def visiting(device: torch.device, *networks: nn.Module) -> Generator[None]:
 def _move(network: nn.Module, device: torch.device) -> None:
     if next(network.parameters()).device != device:
         network.to(device)
+
+
+def _told(sets: list[TrainingSet], bundle: ModelBundle) -> list[TrainingSet]:
+    """The sets, told what the base's family needs of pictures and masks."""
+    for data in sets:
+        data.keeps_pixels = bundle.family.needs_pixels
+        data.fills_masks = bundle.family.fills_masks
+    return sets
 
 
 def _tell_cut_captions(data: TrainingSet, bundle: ModelBundle) -> None:
