@@ -141,6 +141,33 @@ def test_ten_steps_of_two_processes_are_those_of_one(recipes, tmp_path, method, 
         assert norm(difference(weights, results[1][name])) < ROUNDING * norm(weights), name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "method: dora, rank: 2",
+        "method: loha, rank: 2",
+        "method: lokr, rank: 2",
+        "method: oft, block_size: 4",
+        "method: boft, block_size: 4, stages: 2",
+        "method: diff",
+        "rank: 2, init: pissa",
+        "rank: 2, init: orthogonal, max_norm: 0.05",
+    ],
+)
+def test_every_method_trains_over_sharded_networks_as_in_one_process(recipes, tmp_path, rule):
+    recipe, _ = recipes["lora"]
+    own = [f"targets=[{{match: 'unet.**.attn*.to_q', {rule}}}]", "optimizer.lr=0.01"]
+    well(launch(1, recipe, f"output_dir={tmp_path / 'one'}", *own))
+    well(launch(2, recipe, f"output_dir={tmp_path / 'two'}", *own, flags=FSDP))
+    one, two = tmp_path / "one", tmp_path / "two"
+    moved = norm(difference(tensors(one, 10), tensors(one, 5)))
+    assert moved > 0
+    # Beside the steps' own rounding, that of the weights as they begin: PiSSA's and DoRA's are as large as W.
+    allowed = ROUNDING * moved + 10 * torch.finfo(torch.float32).eps * norm(tensors(one, 5))
+    assert norm(difference(tensors(one, 10), tensors(two, 10))) < allowed
+
+
 def test_a_sharded_run_goes_on_with_another_number_of_processes(recipes, tmp_path):
     recipe, one = recipes["full"]
     out = f"output_dir={tmp_path / 'run'}"
