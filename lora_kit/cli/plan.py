@@ -20,15 +20,19 @@ def command(
     recipe: Annotated[str, typer.Argument(help="A YAML recipe.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, over the recipe's own.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Also load the base and run three steps on noise: their time and memory.")
+    ] = False,
 ) -> None:
     """Show which modules the rules pick, what the sources hold, the buckets, the steps, and an estimate of the memory.
-    Loads no weights and decodes no picture."""
+    Loads no weights and decodes no picture, but with --probe, which loads the base."""
     from lora_kit.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
     from lora_kit.adapters import read_raw
     from lora_kit.cli.plan_buckets import bucket_json, bucket_lines, bucket_table
     from lora_kit.cli.plan_facts import memory, steps
+    from lora_kit.cli.plan_probe import probe_lines, probed
     from lora_kit.cli.plan_sources import data_facts, source_json, source_lines, source_table
     from lora_kit.cli.plan_tokens import token_json, token_lines
     from lora_kit.models.outline import read_outline
@@ -68,6 +72,8 @@ def command(
             "steps": length._asdict(),
             "memory_bytes": bytes_held._asdict() | {"trainable": bytes_held.trainable},
         }
+        if probe:
+            document["probe"] = probed(loaded)._asdict()
         typer.echo(json.dumps(document, ensure_ascii=False, indent=1))
         return
     from rich.console import Console
@@ -85,6 +91,9 @@ def command(
     lines = (*source_lines(data.survey), *(bucket_lines(held) if held else ()))
     for line in (*lines, _steps_line(length), *_memory_lines(bytes_held)):
         console.print(line, markup=False, soft_wrap=True)
+    if probe:
+        for line in probe_lines(probed(loaded), loaded, bytes_held):
+            console.print(line, markup=False, soft_wrap=True)
 
 
 def _check_optimizer(recipe: Recipe) -> None:

@@ -136,10 +136,11 @@ class Run(NamedTuple):
         return plan_to_json(self.plan) | learned
 
 
-def build_run(recipe: Recipe, accelerator: Accelerator, resumes: bool = False) -> Run:
+def build_run(recipe: Recipe, accelerator: Accelerator, resumes: bool = False, data: PreparedData | None = None) -> Run:
     """Load, plan, encode the data, inject, and make the optimizer.
 
-    resumes: a checkpoint's weights follow, so that `model.adapter` need not be there any more.
+    resumes: a checkpoint's weights follow, so that `model.adapter` need not be there any more. data: what is there in
+    place of the recipe's own.
     """
     file = Path(recipe.model.adapter) if recipe.model.adapter and not resumes else None
     raw = read_raw(file) if file else None
@@ -154,7 +155,7 @@ def build_run(recipe: Recipe, accelerator: Accelerator, resumes: bool = False) -
     trains_text = bool(recipe.tokens) or any(target.module.component == "text_encoder" for target in plan.targets)
     tokens = start_tokens(bundle, recipe.tokens, recipe.seed) if recipe.tokens else None
     bar = progress if accelerator.is_main_process else no_progress
-    data = prepare_data(recipe, bundle, trains_text, accelerator, bar)
+    data = data or prepare_data(recipe, bundle, trains_text, accelerator, bar)
     sharding = sharding_of(accelerator)
     quantised = None
     if few_bits.modules:  # before the networks are placed, so that the device never holds them whole
