@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 from small_tokenizers import SUBJECTS, small_tokenizer
+from text2im_samples import small_text2im
 
 from lora_kit.models import ModelBundle, load_bundle
 from lora_kit.recipe import ModelSection
@@ -99,6 +100,14 @@ def tiny_sd2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As tiny_sd1_folder, in v2's shape: linear projections, heads per block, v-prediction."""
     folder = tmp_path_factory.mktemp("bases") / "tiny-sd2"
     _small_pipeline(2).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_text2im_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As tiny_sd1_folder: a small LDM text-to-image model with LDMBert and a KL first stage."""
+    folder = tmp_path_factory.mktemp("bases") / "tiny-text2im"
+    small_text2im().save_pretrained(folder)
     return folder
 
 

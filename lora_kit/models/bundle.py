@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel, VQModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import BertTokenizer, CLIPTokenizer
 
 from lora_kit.models.picture_inputs import PictureInputs
+from lora_kit.models.text_models import TextModel
 from lora_kit.recipe.captions import LongText
 
 if TYPE_CHECKING:
     from lora_kit.recipe import Recipe
 
 FirstStage = AutoencoderKL | VQModel
+Tokenizer = CLIPTokenizer | BertTokenizer
 
 
 class Family(Protocol):
@@ -101,6 +103,10 @@ class Family(Protocol):
         """
         ...
 
+    def assemble(self, bundle: ModelBundle, scheduler: Any) -> Any:
+        """diffusers' own pipeline of this family around the bundle's networks (not copies) and a scheduler."""
+        ...
+
     def drawn_size(self, bundle: ModelBundle, picture: tuple[int, int]) -> tuple[int, int]:
         """Width and height of what is drawn from an input picture of this width and height, pixels.
 
@@ -116,8 +122,8 @@ class ModelBundle:
     family: Family
     unet: UNet2DConditionModel
     vae: FirstStage
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer | None
+    text_encoder: TextModel
+    tokenizer: Tokenizer | None
     scheduler_config: dict[str, Any]
     """The base's scheduler/scheduler_config.json: betas, prediction_type, …"""
     prediction_type: str

@@ -11,13 +11,15 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from lora_kit.errors import ModelError
 from lora_kit.models import tokenizers
+from lora_kit.models.bundle import FirstStage, Tokenizer
+from lora_kit.models.first_stage import first_stage_class
 from lora_kit.models.layout import Configs
-from lora_kit.models.pipeline_index import PARTS, check_index, index_in, read_index
+from lora_kit.models.pipeline_index import PipelineKind, check_index, class_of, index_in, read_index
+from lora_kit.models.text_models import CLASSES, TextModel, without_dropout
 from lora_kit.recipe.sections import ModelSection
 
 _SHOWN = 8
@@ -32,50 +34,63 @@ class DiffusersBase:
         """`where`: the folder as a Path, or the hub id as a string. Raises ModelError if no pipeline is there."""
         self._where, self._section = where, section
         self._local = isinstance(where, Path)
-        check_index(read_index(_index(where, section.revision)), str(where))
+        index = read_index(_index(where, section.revision))
+        kind = check_index(index, str(where))
+        self._folders = kind.folders
+        self._tokenizers = tokenizers.KINDS.get(class_of(index, kind, "tokenizer") or "", tokenizers.CLIP)
+        self._text_config, self._text_model = CLASSES[class_of(index, kind, "text_encoder") or ""]
         if isinstance(where, Path):
-            _check_folders(where)
+            _check_folders(where, kind)
 
     def configs(self) -> Configs:
         """As in Layout."""
         with self._reading("configs"):
             return Configs(
-                unet=_plain(UNet2DConditionModel.load_config(self._where, subfolder="unet", **self._options)),
-                vae=_plain(AutoencoderKL.load_config(self._where, subfolder="vae", **self._options)),
-                text_encoder=CLIPTextConfig.from_pretrained(self._where, subfolder="text_encoder", **self._options),
-                scheduler=_plain(DDIMScheduler.load_config(self._where, subfolder="scheduler", **self._options)),
+                unet=self._config(UNet2DConditionModel, "unet"),
+                vae=self._config(AutoencoderKL, "vae"),  # or a VQModel: the config says
+                text_encoder=self._text_config.from_pretrained(
+                    self._where, subfolder=self._folders["text_encoder"], **self._options
+                ),
+                scheduler=self._config(DDIMScheduler, "scheduler"),
             )
 
     def unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
         """As in Layout."""
         return cast(UNet2DConditionModel, self._network(UNet2DConditionModel, "unet", torch_dtype=dtype))
 
-    def vae(self, dtype: torch.dtype) -> AutoencoderKL:
+    def vae(self, dtype: torch.dtype) -> FirstStage:
         """As in Layout."""
-        return cast(AutoencoderKL, self._network(AutoencoderKL, "vae", torch_dtype=dtype))
+        with self._reading("configs"):
+            network_class = first_stage_class(self._config(AutoencoderKL, "vae"), str(self._where))
+        return cast(FirstStage, self._network(network_class, "vae", torch_dtype=dtype))
 
-    def text_encoder(self, dtype: torch.dtype) -> CLIPTextModel:
+    def text_encoder(self, dtype: torch.dtype) -> TextModel:
         """As in Layout."""
-        return cast(CLIPTextModel, self._network(CLIPTextModel, "text_encoder", dtype=dtype))
+        return without_dropout(self._network(self._text_model, "text_encoder", dtype=dtype))
 
-    def tokenizer(self) -> CLIPTokenizer:
+    def tokenizer(self) -> Tokenizer:
         """As in Layout."""
         if self._section.tokenizer:
-            return tokenizers.named(self._section.tokenizer)
+            return tokenizers.named(self._section.tokenizer, self._tokenizers)
+        folder = self._folders["tokenizer"]
         if isinstance(self._where, Path):
-            return tokenizers.from_folder(self._where / "tokenizer")
+            return tokenizers.from_folder(self._where / folder, self._tokenizers)
         with self._reading("tokenizer"):
-            return CLIPTokenizer.from_pretrained(self._where, subfolder="tokenizer", **self._options)
+            return self._tokenizers.make.from_pretrained(self._where, subfolder=folder, **self._options)
 
     @property
     def _options(self) -> dict[str, Any]:
         return {"local_files_only": True} if self._local else {"revision": self._section.revision}
 
+    def _config(self, config_class: Any, part: str) -> dict[str, Any]:
+        """A part's own config."""
+        return _plain(config_class.load_config(self._where, subfolder=self._folders[part], **self._options))
+
     def _network(self, network_class: Any, part: str, **dtype: torch.dtype) -> Any:
         """Load one network. The libraries only warn of missing tensors, and fill them at random: an error here."""
         options = {**self._options, "variant": self._section.variant, "output_loading_info": True, **dtype}
         with self._reading(part), _without_bars(self._local):
-            network, report = network_class.from_pretrained(self._where, subfolder=part, **options)
+            network, report = network_class.from_pretrained(self._where, subfolder=self._folders[part], **options)
         for fault, what in (
             ("missing_keys", "lacks"),
             ("unexpected_keys", "holds tensors that its config has no place for:"),
@@ -115,8 +130,8 @@ def _fetch_index(name: str, revision: str | None) -> Path:
         ) from error
 
 
-def _check_folders(folder: Path) -> None:
-    missing = [part for part in PARTS if not (folder / part).is_dir()]
+def _check_folders(folder: Path, kind: PipelineKind) -> None:
+    missing = [part for part in kind.folders.values() if not (folder / part).is_dir()]
     if missing:
         raise ModelError(
             f"{folder} is incomplete: it has no folder {', '.join(missing)}, which its model_index.json names. "

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import UNet2DConditionModel
+
+from lora_kit.models.bundle import FirstStage, Tokenizer
+from lora_kit.models.text_models import TextConfig, TextModel
 
 
 class Configs(NamedTuple):
@@ -14,7 +16,7 @@ class Configs(NamedTuple):
 
     unet: dict[str, Any]
     vae: dict[str, Any]
-    text_encoder: CLIPTextConfig
+    text_encoder: TextConfig
     scheduler: dict[str, Any]
 
 
@@ -29,14 +31,14 @@ class Layout(Protocol):
         """The UNet, held in `dtype`."""
         ...
 
-    def vae(self, dtype: torch.dtype) -> AutoencoderKL:
+    def vae(self, dtype: torch.dtype) -> FirstStage:
         """The VAE, held in `dtype`."""
         ...
 
-    def text_encoder(self, dtype: torch.dtype) -> CLIPTextModel:
+    def text_encoder(self, dtype: torch.dtype) -> TextModel:
         """The text encoder, held in `dtype`."""
         ...
 
-    def tokenizer(self) -> CLIPTokenizer:
+    def tokenizer(self) -> Tokenizer:
         """The tokenizer, from the base or from where its owner says."""
         ...

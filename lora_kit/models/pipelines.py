@@ -44,25 +44,13 @@ def scheduler_named(name: str, config: Mapping[str, Any]) -> Any:
     return scheduler.from_config({**_LATENT_DEFAULTS, **config})
 
 
-def pipeline(bundle: ModelBundle, scheduler: str = "ddim") -> diffusers.StableDiffusionPipeline:
-    """diffusers' StableDiffusionPipeline around the bundle's own networks (not copies), without progress bar.
-
-    No safety checker: it judges photographs and is no part of the base. A VAE of another precision than the UNet
-    casts what it is given.
+def pipeline(bundle: ModelBundle, scheduler: str = "ddim") -> Any:
+    """The family's diffusers pipeline (StableDiffusionPipeline …) around the bundle's own networks, without progress
+    bar. A VAE of another precision than the UNet casts what it is given.
     """
     _cast_on_entry(bundle.vae)
     config = {**bundle.scheduler_config, "prediction_type": bundle.prediction_type}
-    make: Any = diffusers.StableDiffusionPipeline  # annotated as if its optional parts were not
-    pipe: Any = make(
-        vae=bundle.vae,
-        text_encoder=bundle.text_encoder,
-        tokenizer=bundle.tokenizer,
-        unet=bundle.unet,
-        scheduler=scheduler_named(scheduler, config),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    pipe = bundle.family.assemble(bundle, scheduler_named(scheduler, config))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

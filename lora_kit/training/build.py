@@ -15,6 +15,7 @@ from lora_kit.adapters.state import adaptable_modules
 from lora_kit.data import Flaw, TrainingSet
 from lora_kit.data.records import name_some
 from lora_kit.models import ModelBundle, base_hash, load_bundle
+from lora_kit.models.text_models import checkpoint_activations
 from lora_kit.progress import no_progress, progress
 from lora_kit.recipe import Recipe
 from lora_kit.targeting import TargetPlan, make_plan, module_tree
@@ -175,7 +176,7 @@ def make_trainable(recipe: Recipe, bundle: ModelBundle, plan: TargetPlan) -> Non
     inject(bundle.components, plan, adapter_name=ADAPTER, seed=recipe.seed)
     if recipe.train.gradient_checkpointing:
         bundle.unet.enable_gradient_checkpointing()
-        bundle.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(bundle.text_encoder)
     set_training(bundle, True)
 
 

@@ -21,6 +21,7 @@ from lora_kit.adapters import (
 )
 from lora_kit.files import sync_folder, sync_tree
 from lora_kit.models import pipeline
+from lora_kit.models.pipeline_index import kind_of, read_index
 from lora_kit.targeting import plan_to_json
 from lora_kit.targeting.rates import rate_of_text_encoder
 from lora_kit.training.build import ADAPTER, Run
@@ -129,7 +130,8 @@ def _write_model(run: Run, path: Path) -> None:
     pipe.tokenizer.backend_tokenizer.no_padding()
     pipe.tokenizer.backend_tokenizer.no_truncation()
     pipe.save_pretrained(temporary, safe_serialization=True)
-    _name_no_half_precision(temporary / "text_encoder" / "config.json")
+    folders = kind_of(read_index(temporary / "model_index.json")).folders
+    _name_no_half_precision(temporary / folders["text_encoder"] / "config.json")
     sync_tree(temporary)
     if path.exists():
         shutil.rmtree(path)
