@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from lora_kit.models.picture_inputs import PictureInputs
 from lora_kit.recipe.captions import LongText
+
+if TYPE_CHECKING:
+    from lora_kit.recipe import Recipe
 
 
 class Family(Protocol):
@@ -19,6 +23,14 @@ class Family(Protocol):
 
     name: str
     """`sd1`, `sd2`, …"""
+    needs_pixels: bool
+    """Whether `beside` is made of the pictures themselves: each step then reads them, even where latents are kept."""
+    begins_at_picture: bool
+    """Whether sampling can begin at a picture's own latents, noised (img2img: Meng et al. 2022, "SDEdit")."""
+
+    def for_recipe(self, recipe: Recipe) -> Family:
+        """The family as the recipe's section about it says. Raises RecipeError for what it cannot do."""
+        ...
 
     def encode(self, bundle: ModelBundle, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """pixels [b, 3, H, W] in -1..1 → mean and standard deviation of the latents [b, c, h, w], unscaled fp32."""
@@ -47,8 +59,48 @@ class Family(Protocol):
         """How many captions are longer than a condition without chunks can hold, so that their end is cut off."""
         ...
 
-    def predict(self, bundle: ModelBundle, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
-        """The network's output for z_t [b, c, h, w] and t [b] (int64), in the latents' shape."""
+    def predict(
+        self, bundle: ModelBundle, noisy: Tensor, timesteps: Tensor, condition: Any, beside: Tensor | None = None
+    ) -> Tensor:
+        """The network's output for z_t [b, c, h, w] and t [b] (int64), in the latents' shape.
+
+        beside: [b, k, h, w], behind z_t on the channel axis; None for a network that takes z_t alone (k = 0).
+        """
+        ...
+
+    def beside(
+        self,
+        bundle: ModelBundle,
+        pixels: Tensor,
+        holes: Sequence[Tensor | None],
+        generators: Sequence[torch.Generator],
+    ) -> Tensor | None:
+        """What training puts beside z_t, fp32 [b, k, h, w] on the pictures' device; only asked where `needs_pixels`.
+
+        pixels: [b, 3, H, W] in -1..1. holes: of each picture, what the data says is to be filled, [1, H, W] in 0..1, or
+        None. Everything random of a sample comes from its own CPU generator, so that it does not depend on batching.
+        """
+        ...
+
+    def beside_drawn(
+        self,
+        bundle: ModelBundle,
+        inputs: Sequence[PictureInputs] | None,
+        latents: Sequence[int],
+        generators: Sequence[torch.Generator],
+    ) -> Tensor | None:
+        """What sampling puts beside z_t, fp32 [b, k, h, w] on the base's device; None where the network takes nothing.
+
+        inputs: of each picture to be drawn; None: drawn from the prompt alone. latents: their shape [b, c, h, w].
+        Raises RecipeError where the network needs an input that is not given.
+        """
+        ...
+
+    def drawn_size(self, bundle: ModelBundle, picture: tuple[int, int]) -> tuple[int, int]:
+        """Width and height of what is drawn from an input picture of this width and height, pixels.
+
+        Raises RecipeError for a picture that does not fit, saying which sizes do.
+        """
         ...
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from lora_kit.errors import ModelError
+from lora_kit.errors import ModelError, RecipeError
 from lora_kit.models.bundle import Family, ModelBundle
+from lora_kit.models.picture_inputs import PictureInputs
 from lora_kit.models.text_states import PaddedStates, chunk_ids, join_states
 from lora_kit.recipe.captions import LongText
+
+if TYPE_CHECKING:
+    from lora_kit.recipe import Recipe
 
 _OTHER_INPUTS = {
     5: "a depth-to-image model",
@@ -26,6 +30,12 @@ class StableDiffusion:
     """Latent diffusion on a VAE, told the last hidden state of a CLIP text encoder (Rombach et al. 2022)."""
 
     name = "sd"
+    needs_pixels = False
+    begins_at_picture = True
+
+    def for_recipe(self, recipe: Recipe) -> Family:
+        """Itself: no section is about it."""
+        return self
 
     def encode(self, bundle: ModelBundle, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """pixels [b, 3, H, W] in -1..1 → mean and standard deviation of the latents [b, c, h, w], unscaled fp32.
@@ -87,15 +97,52 @@ class StableDiffusion:
         return sum(len(ids) > limit for ids in encoded.input_ids)
 
     def predict(
-        self, bundle: ModelBundle, noisy: Tensor, timesteps: Tensor, condition: Tensor | PaddedStates
+        self,
+        bundle: ModelBundle,
+        noisy: Tensor,
+        timesteps: Tensor,
+        condition: Tensor | PaddedStates,
+        beside: Tensor | None = None,
     ) -> Tensor:
-        """The UNet's output for z_t [b, c, h, w] at t [b] (int64), fp32 in the latents' shape.
+        """The UNet's output for z_t [b, c, h, w], with `beside` behind it, at t [b] (int64), fp32 in the latents' shape.
 
         Inputs are cast to the dtype the base is held in, so that a bf16 base needs no autocast.
         """
         dtype = bundle.unet.conv_in.weight.dtype
         states, mask = condition if isinstance(condition, PaddedStates) else (condition, None)
-        return bundle.unet(noisy.to(dtype), timesteps, states.to(dtype), encoder_attention_mask=mask).sample.float()
+        seen = noisy if beside is None else torch.cat([noisy, beside], dim=1)
+        return bundle.unet(seen.to(dtype), timesteps, states.to(dtype), encoder_attention_mask=mask).sample.float()
+
+    def beside(
+        self,
+        bundle: ModelBundle,
+        pixels: Tensor,
+        holes: Sequence[Tensor | None],
+        generators: Sequence[torch.Generator],
+    ) -> Tensor | None:
+        """Nothing: the UNet takes z_t alone."""
+        return None
+
+    def beside_drawn(
+        self,
+        bundle: ModelBundle,
+        inputs: Sequence[PictureInputs] | None,
+        latents: Sequence[int],
+        generators: Sequence[torch.Generator],
+    ) -> Tensor | None:
+        """Nothing: the UNet takes z_t alone."""
+        return None
+
+    def drawn_size(self, bundle: ModelBundle, picture: tuple[int, int]) -> tuple[int, int]:
+        """The picture's own size, whose sides must be multiples of the VAE's factor."""
+        factor = vae_factor(bundle)
+        fitting = [max(factor, round(side / factor) * factor) for side in picture]
+        if list(picture) != fitting:
+            raise RecipeError(
+                f"The picture has {picture[0]}x{picture[1]} pixels; this base takes sides that are multiples of {factor}. "
+                f"Resize or crop it, to {fitting[0]}x{fitting[1]} for example."
+            )
+        return picture
 
 
 class StableDiffusion1(StableDiffusion):
@@ -114,6 +161,12 @@ def latent_scale(vae: AutoencoderKL) -> tuple[float, float]:
     """(scaling_factor, shift_factor) of the VAE's config; a missing shift is 0."""
     config: Any = vae.config
     return float(config.scaling_factor), float(getattr(config, "shift_factor", None) or 0.0)
+
+
+def vae_factor(bundle: ModelBundle) -> int:
+    """Pixels per latent cell, along one side."""
+    config: Any = bundle.vae.config
+    return 2 ** (len(config.block_out_channels) - 1)
 
 
 def token_limit(bundle: ModelBundle) -> int:

@@ -128,6 +128,7 @@ def build_run(recipe: Recipe, accelerator: Accelerator, resumes: bool = False) -
     file = Path(recipe.model.adapter) if recipe.model.adapter and not resumes else None
     raw = read_raw(file) if file else None
     bundle = load_bundle(recipe.model, dtype=base_dtype(recipe), seed=recipe.seed)
+    bundle.family = bundle.family.for_recipe(recipe)
     adopt_schedule(recipe.objective, bundle)
     tree = module_tree(bundle.components)
     plan = make_plan(recipe.targets, tree)

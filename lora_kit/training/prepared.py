@@ -54,6 +54,7 @@ def prepare_data(
         for data in sets:
             cache_latents(data, latent_encoder(bundle, accelerator.device), ENCODE_BATCH, bar)
     for data in sets:
+        data.keeps_pixels = bundle.family.needs_pixels
         _tell_cut_captions(data, bundle)
     return PreparedData(sets[0], sets[1] if len(sets) > 1 else None, texts, notices)
 
