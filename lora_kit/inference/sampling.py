@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lora_kit.errors import ModelError, RecipeError
 from lora_kit.inference.starts import Inputs, check_inputs, default_strength, start, strength_problem
 from lora_kit.models import ModelBundle, scheduler_named
-from lora_kit.models.families import latent_scale, vae_factor
+from lora_kit.models.families import vae_factor
 from lora_kit.progress import ProgressBar, no_progress
 from lora_kit.recipe.captions import LongText
 
@@ -77,7 +77,7 @@ def draw(
     size = batch_size or fitting_batch_size(settings)
     starts = range(0, len(prompts), size)
     pictures: list[Image.Image] = []
-    with evaluating(bundle.unet, bundle.text_encoder, bundle.vae), torch.no_grad():
+    with evaluating(*bundle.networks), torch.no_grad():
         for first in progress(starts, "drawing", len(starts)):
             part = slice(first, first + size)
             own = inputs[part] if inputs is not None else None
@@ -93,7 +93,7 @@ def sample_latents(
     _check(bundle, settings)
     size = fitting_batch_size(settings)
     starts = range(0, len(prompts), size)
-    with evaluating(bundle.unet, bundle.text_encoder), torch.no_grad():
+    with evaluating(*bundle.components.values()), torch.no_grad():
         parts = [_denoise(bundle, prompts[at : at + size], seeds[at : at + size], settings) for at in starts]
     return torch.cat(parts)
 
@@ -151,7 +151,7 @@ def _denoise(
     scheduler.set_timesteps(settings.steps, device=bundle.device)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     options = _step_options(scheduler, generators, settings)
-    guided = settings.guidance > 1
+    guided = settings.guidance > 1 and bundle.has_text
     captions = [settings.negative_prompt] * len(prompts) * guided + list(prompts)
     condition = bundle.family.condition(bundle, captions, settings.long_prompts)
     begun = start(
@@ -192,7 +192,7 @@ def decode(bundle: ModelBundle, latents: Tensor) -> Tensor:
     """
     vae: Any = bundle.vae
     # The VAE has its own precision and, being large, works on one picture at a time: activations are what fills memory.
-    scale, shift = latent_scale(vae)
+    scale, shift = bundle.family.latent_scale(bundle)
     scaled = (latents / scale + shift).to(vae.dtype)
     pixels = torch.cat([vae.decode(one).sample.float() for one in scaled.split(_decoded_at_once(scaled))])
     if not bool(torch.isfinite(pixels).all()):

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel, VQModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from lora_kit.models.picture_inputs import PictureInputs
 from lora_kit.recipe.captions import LongText
@@ -38,6 +37,10 @@ class Family(Protocol):
 
     def target_latents(self, bundle: ModelBundle, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
         """The clean latents z0 = scale · (mean + std · noise) that the diffusion is trained on, fp32."""
+        ...
+
+    def latent_scale(self, bundle: ModelBundle) -> tuple[float, float]:
+        """(scale, shift): `target_latents` is scale · (latents - shift), and decoding undoes it."""
         ...
 
     def condition(self, bundle: ModelBundle, captions: list[str], long: LongText = "cut") -> Any:
@@ -109,10 +112,11 @@ class ModelBundle:
     """A loaded (or, on the meta device, only laid out) base model."""
 
     family: Family
-    unet: UNet2DConditionModel
-    vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer | None
+    unet: UNet2DConditionModel | UNet2DModel
+    vae: AutoencoderKL | VQModel
+    text_encoder: Any
+    """None for a model that reads no text; so is `tokenizer`."""
+    tokenizer: Any
     scheduler_config: dict[str, Any]
     """The base's scheduler/scheduler_config.json: betas, prediction_type, …"""
     prediction_type: str
@@ -123,7 +127,17 @@ class ModelBundle:
     @property
     def components(self) -> dict[str, nn.Module]:
         """The networks that rules can pick from, by the name a rule starts with."""
-        return {"unet": self.unet, "text_encoder": self.text_encoder}
+        return {"unet": self.unet} | ({"text_encoder": self.text_encoder} if self.has_text else {})
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the model reads captions."""
+        return self.text_encoder is not None
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """Everything that holds weights."""
+        return [*self.components.values(), self.vae]
 
     @property
     def device(self) -> torch.device:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, VQModel
 from torch import Tensor
 
 from lora_kit.errors import ModelError, RecipeError
@@ -14,6 +14,7 @@ from lora_kit.models.bundle import Family, ModelBundle
 from lora_kit.models.picture_inputs import PictureInputs
 from lora_kit.models.text_states import PaddedStates, chunk_ids, join_states
 from lora_kit.recipe.captions import LongText
+from lora_kit.recipe.without_text import check_with_text
 
 if TYPE_CHECKING:
     from lora_kit.recipe import Recipe
@@ -34,7 +35,8 @@ class StableDiffusion:
     begins_at_picture = True
 
     def for_recipe(self, recipe: Recipe) -> Family:
-        """Itself: no section is about it."""
+        """Itself. Raises RecipeError for a section that is about other models."""
+        check_with_text(recipe)
         return self
 
     def encode(self, bundle: ModelBundle, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,8 +51,12 @@ class StableDiffusion:
 
     def target_latents(self, bundle: ModelBundle, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
         """z0 = scaling_factor · (mean + std · noise − shift), fp32; SD's own VAEs have no shift."""
-        scale, shift = latent_scale(bundle.vae)
+        scale, shift = self.latent_scale(bundle)
         return (mean.float() + std.float() * noise.float() - shift) * scale
+
+    def latent_scale(self, bundle: ModelBundle) -> tuple[float, float]:
+        """`scaling_factor` and `shift_factor` of the VAE's config."""
+        return latent_scale(bundle.vae)
 
     def condition(self, bundle: ModelBundle, captions: list[str], long: LongText = "cut") -> Tensor | PaddedStates:
         """Captions → text states [b, tokens, width] in the text encoder's dtype; keeps the graph for training it.
@@ -157,7 +163,7 @@ class StableDiffusion2(StableDiffusion):
     name = "sd2"
 
 
-def latent_scale(vae: AutoencoderKL) -> tuple[float, float]:
+def latent_scale(vae: AutoencoderKL | VQModel) -> tuple[float, float]:
     """(scaling_factor, shift_factor) of the VAE's config; a missing shift is 0."""
     config: Any = vae.config
     return float(config.scaling_factor), float(getattr(config, "shift_factor", None) or 0.0)

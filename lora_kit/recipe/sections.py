@@ -24,6 +24,7 @@ from lora_kit.recipe.buckets import BucketSection, bucket_problems
 from lora_kit.recipe.cache import CacheSection
 from lora_kit.recipe.captions import CaptionRules, CaptionSection
 from lora_kit.recipe.checks import recipe_problems
+from lora_kit.recipe.degradation import DegradationSection
 from lora_kit.recipe.objective import ObjectiveSection
 from lora_kit.recipe.optimizer import OptimizerSection
 from lora_kit.recipe.rules import PresetName, PresetRules, TargetItem, TargetRule, Targets
@@ -40,6 +41,7 @@ __all__ = [
     "CaptionRules",
     "CaptionSection",
     "DataSection",
+    "DegradationSection",
     "EarlyStopSection",
     "Method",
     "ModelSection",
@@ -171,6 +173,9 @@ class Recipe(Section):
     """What is trained: one preset, one rule, or a list of both, read in order."""
     data: DataSection
     objective: ObjectiveSection = ObjectiveSection()
+    degradation: DegradationSection | None = None
+    """How a super-resolution model's low-resolution pictures are made. Default: bicubic downscaling; none for other
+    models."""
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
     train: TrainSection = TrainSection()

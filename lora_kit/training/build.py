@@ -175,7 +175,8 @@ def make_trainable(recipe: Recipe, bundle: ModelBundle, plan: TargetPlan) -> Non
     inject(bundle.components, plan, adapter_name=ADAPTER, seed=recipe.seed)
     if recipe.train.gradient_checkpointing:
         bundle.unet.enable_gradient_checkpointing()
-        bundle.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+        if bundle.has_text:
+            bundle.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
     set_training(bundle, True)
 
 
