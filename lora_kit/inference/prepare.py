@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 
 from lora_kit.adapters import AdapterState, apply_scales, family_of, load_adapter, read_adapter
-from lora_kit.inference.sampling import SamplingSettings, vae_factor
+from lora_kit.inference.sampling import SamplingSettings
 from lora_kit.inference.schedules import follow_schedules
 from lora_kit.models import ModelBundle, base_hash, load_bundle
+from lora_kit.models.first_stage import vae_factor
 from lora_kit.recipe import ModelSection
 from lora_kit.targeting import module_tree
 from lora_kit.targeting.block_scales import check_depth, module_scales

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from lora_kit.errors import ModelError, RecipeError
 from lora_kit.inference.starts import Inputs, check_inputs, default_strength, start, strength_problem
 from lora_kit.models import ModelBundle, scheduler_named
-from lora_kit.models.families import vae_factor
+from lora_kit.models.first_stage import decode as decode_latents
+from lora_kit.models.first_stage import latent_channels, vae_factor
 from lora_kit.progress import ProgressBar, no_progress
 from lora_kit.recipe.captions import LongText
 
@@ -181,8 +182,7 @@ def _step_options(scheduler: Any, generators: list[torch.Generator], settings: S
 def _shape(bundle: ModelBundle, count: int, settings: SamplingSettings) -> tuple[int, int, int, int]:
     """Of the latents, [b, c, h, w]."""
     factor = vae_factor(bundle)
-    config: Any = bundle.vae.config
-    return (count, config.latent_channels, settings.height // factor, settings.width // factor)
+    return (count, latent_channels(bundle.vae), settings.height // factor, settings.width // factor)
 
 
 def decode(bundle: ModelBundle, latents: Tensor) -> Tensor:
@@ -192,9 +192,8 @@ def decode(bundle: ModelBundle, latents: Tensor) -> Tensor:
     """
     vae: Any = bundle.vae
     # The VAE has its own precision and, being large, works on one picture at a time: activations are what fills memory.
-    scale, shift = bundle.family.latent_scale(bundle)
-    scaled = (latents / scale + shift).to(vae.dtype)
-    pixels = torch.cat([vae.decode(one).sample.float() for one in scaled.split(_decoded_at_once(scaled))])
+    scale = bundle.family.latent_scale(bundle)
+    pixels = torch.cat([decode_latents(vae, one, scale) for one in latents.split(_decoded_at_once(latents))])
     if not bool(torch.isfinite(pixels).all()):
         raise ModelError(
             f"the picture holds NaN or infinite values (networks in {bundle.unet.dtype}, VAE in {vae.dtype}). "

@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel, VQModel
+from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
 from lora_kit.models.picture_inputs import PictureInputs
+from lora_kit.models.unets import UNet
 from lora_kit.recipe.captions import LongText
 
 if TYPE_CHECKING:
     from lora_kit.recipe import Recipe
+
+FirstStage = AutoencoderKL | VQModel
 
 
 class Family(Protocol):
@@ -112,8 +115,8 @@ class ModelBundle:
     """A loaded (or, on the meta device, only laid out) base model."""
 
     family: Family
-    unet: UNet2DConditionModel | UNet2DModel
-    vae: AutoencoderKL | VQModel
+    unet: UNet
+    vae: FirstStage
     text_encoder: Any
     """None for a model that reads no text; so is `tokenizer`."""
     tokenizer: Any

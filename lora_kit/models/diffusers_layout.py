@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DModel
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -16,8 +16,11 @@ from transformers.utils import logging as transformers_logging
 
 from lora_kit.errors import ModelError
 from lora_kit.models import tokenizers
+from lora_kit.models.bundle import FirstStage
+from lora_kit.models.first_stage import first_stage_class
 from lora_kit.models.layout import Configs
-from lora_kit.models.pipeline_index import PARTS, check_index, index_in, read_index
+from lora_kit.models.pipeline_index import Parts, check_index, index_in, read_index
+from lora_kit.models.unets import UNet, unet_class
 from lora_kit.recipe.sections import ModelSection
 
 _SHOWN = 8
@@ -32,27 +35,29 @@ class DiffusersBase:
         """`where`: the folder as a Path, or the hub id as a string. Raises ModelError if no pipeline is there."""
         self._where, self._section = where, section
         self._local = isinstance(where, Path)
-        check_index(read_index(_index(where, section.revision)), str(where))
+        self._parts = check_index(read_index(_index(where, section.revision)), str(where))
         if isinstance(where, Path):
-            _check_folders(where)
+            _check_folders(where, self._parts)
 
     def configs(self) -> Configs:
         """As in Layout."""
         with self._reading("configs"):
             return Configs(
-                unet=_plain(UNet2DConditionModel.load_config(self._where, subfolder="unet", **self._options)),
-                vae=_plain(AutoencoderKL.load_config(self._where, subfolder="vae", **self._options)),
-                text_encoder=CLIPTextConfig.from_pretrained(self._where, subfolder="text_encoder", **self._options),
+                unet=_plain(UNet2DModel.load_config(self._where, subfolder="unet", **self._options)),
+                vae=_plain(UNet2DModel.load_config(self._where, subfolder=self._parts["vae"].folder, **self._options)),
+                text_encoder=self._text_config(),
                 scheduler=_plain(DDIMScheduler.load_config(self._where, subfolder="scheduler", **self._options)),
             )
 
-    def unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
+    def unet(self, dtype: torch.dtype) -> UNet:
         """As in Layout."""
-        return cast(UNet2DConditionModel, self._network(UNet2DConditionModel, "unet", torch_dtype=dtype))
+        return self._network(unet_class(self.configs().unet), "unet", torch_dtype=dtype)
 
-    def vae(self, dtype: torch.dtype) -> AutoencoderKL:
+    def vae(self, dtype: torch.dtype) -> FirstStage:
         """As in Layout."""
-        return cast(AutoencoderKL, self._network(AutoencoderKL, "vae", torch_dtype=dtype))
+        named = {"_class_name": self._parts["vae"].classes[0]}
+        kind = first_stage_class(named, str(self._where))
+        return self._network(kind, self._parts["vae"].folder, torch_dtype=dtype)
 
     def text_encoder(self, dtype: torch.dtype) -> CLIPTextModel:
         """As in Layout."""
@@ -66,6 +71,11 @@ class DiffusersBase:
             return tokenizers.from_folder(self._where / "tokenizer")
         with self._reading("tokenizer"):
             return CLIPTokenizer.from_pretrained(self._where, subfolder="tokenizer", **self._options)
+
+    def _text_config(self) -> CLIPTextConfig | None:
+        if "text_encoder" not in self._parts:
+            return None
+        return CLIPTextConfig.from_pretrained(self._where, subfolder="text_encoder", **self._options)
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -115,8 +125,8 @@ def _fetch_index(name: str, revision: str | None) -> Path:
         ) from error
 
 
-def _check_folders(folder: Path) -> None:
-    missing = [part for part in PARTS if not (folder / part).is_dir()]
+def _check_folders(folder: Path, parts: Parts) -> None:
+    missing = [part.folder for part in parts.values() if not (folder / part.folder).is_dir()]
     if missing:
         raise ModelError(
             f"{folder} is incomplete: it has no folder {', '.join(missing)}, which its model_index.json names. "

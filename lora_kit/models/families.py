@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL, VQModel
 from torch import Tensor
 
 from lora_kit.errors import ModelError, RecipeError
+from lora_kit.models import first_stage
 from lora_kit.models.bundle import Family, ModelBundle
 from lora_kit.models.picture_inputs import PictureInputs
 from lora_kit.models.text_states import PaddedStates, chunk_ids, join_states
@@ -40,14 +40,8 @@ class StableDiffusion:
         return self
 
     def encode(self, bundle: ModelBundle, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """pixels [b, 3, H, W] in -1..1 → mean and standard deviation of the latents [b, c, h, w], unscaled fp32.
-
-        Runs in the VAE's own precision even inside autocast: SD's VAE overflows in fp16.
-        """
-        vae: Any = bundle.vae
-        with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
-            posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
-        return posterior.mean.float(), posterior.std.float()
+        """pixels [b, 3, H, W] in -1..1 → mean and standard deviation of the latents [b, c, h, w], unscaled fp32."""
+        return first_stage.encode(bundle.vae, pixels)
 
     def target_latents(self, bundle: ModelBundle, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
         """z0 = scaling_factor · (mean + std · noise − shift), fp32; SD's own VAEs have no shift."""
@@ -56,7 +50,7 @@ class StableDiffusion:
 
     def latent_scale(self, bundle: ModelBundle) -> tuple[float, float]:
         """`scaling_factor` and `shift_factor` of the VAE's config."""
-        return latent_scale(bundle.vae)
+        return first_stage.latent_scale(bundle.vae)
 
     def condition(self, bundle: ModelBundle, captions: list[str], long: LongText = "cut") -> Tensor | PaddedStates:
         """Captions → text states [b, tokens, width] in the text encoder's dtype; keeps the graph for training it.
@@ -141,7 +135,7 @@ class StableDiffusion:
 
     def drawn_size(self, bundle: ModelBundle, picture: tuple[int, int]) -> tuple[int, int]:
         """The picture's own size, whose sides must be multiples of the VAE's factor."""
-        factor = vae_factor(bundle)
+        factor = first_stage.vae_factor(bundle)
         fitting = [max(factor, round(side / factor) * factor) for side in picture]
         if list(picture) != fitting:
             raise RecipeError(
@@ -161,18 +155,6 @@ class StableDiffusion2(StableDiffusion):
     """SD 2.x: OpenCLIP ViT-H/14, attention projections as linear layers."""
 
     name = "sd2"
-
-
-def latent_scale(vae: AutoencoderKL | VQModel) -> tuple[float, float]:
-    """(scaling_factor, shift_factor) of the VAE's config; a missing shift is 0."""
-    config: Any = vae.config
-    return float(config.scaling_factor), float(getattr(config, "shift_factor", None) or 0.0)
-
-
-def vae_factor(bundle: ModelBundle) -> int:
-    """Pixels per latent cell, along one side."""
-    config: Any = bundle.vae.config
-    return 2 ** (len(config.block_out_channels) - 1)
 
 
 def token_limit(bundle: ModelBundle) -> int:

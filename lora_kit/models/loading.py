@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lora_kit.errors import ModelError
 from lora_kit.models import tokenizers
-from lora_kit.models.bundle import ModelBundle
+from lora_kit.models.bundle import Family, FirstStage, ModelBundle
 from lora_kit.models.checkpoint_file import SUFFIXES, open_checkpoint
 from lora_kit.models.diffusers_layout import DiffusersBase
 from lora_kit.models.families import recognise
+from lora_kit.models.first_stage import first_stage_class
 from lora_kit.models.layout import Configs, Layout
 from lora_kit.models.ldm_layout import LdmCheckpoint
+from lora_kit.models.super_resolution import recognise_super_resolution
+from lora_kit.models.unets import UNet, unet_class
 from lora_kit.recipe.base import PredictionType
 from lora_kit.recipe.sections import ModelSection
 
@@ -47,11 +49,14 @@ def load_bundle(
             **_facts(section, configs),
             unet=fresh_unet(configs, dtype, seed) if fresh else layout.unet(dtype),
             vae=layout.vae(vae_dtype),
-            text_encoder=fresh_text_encoder(configs, dtype, seed) if fresh else layout.text_encoder(dtype),
-            tokenizer=layout.tokenizer(),
+            text_encoder=None,
+            tokenizer=None,
         )
-    tokenizers.check(bundle.tokenizer, configs.text_encoder.vocab_size, section.base)
-    for network in (bundle.unet, bundle.vae, bundle.text_encoder):
+        if configs.text_encoder is not None:
+            bundle.text_encoder = fresh_text_encoder(configs, dtype, seed) if fresh else layout.text_encoder(dtype)
+            bundle.tokenizer = layout.tokenizer()
+            tokenizers.check(bundle.tokenizer, configs.text_encoder.vocab_size, section.base)
+    for network in bundle.networks:
         network.eval().requires_grad_(False)
     return bundle
 
@@ -66,9 +71,9 @@ def skeleton(section: ModelSection) -> ModelBundle:
     with torch.device("meta"):
         return ModelBundle(
             **_facts(section, configs),
-            unet=cast(UNet2DConditionModel, UNet2DConditionModel.from_config(configs.unet)),
-            vae=cast(AutoencoderKL, AutoencoderKL.from_config(configs.vae)),
-            text_encoder=CLIPTextModel(configs.text_encoder),
+            unet=cast(UNet, unet_class(configs.unet).from_config(configs.unet)),
+            vae=cast(FirstStage, first_stage_class(configs.vae, section.base).from_config(configs.vae)),
+            text_encoder=CLIPTextModel(configs.text_encoder) if configs.text_encoder is not None else None,
             tokenizer=None,
         )
 
@@ -96,16 +101,17 @@ def open_layout(section: ModelSection) -> Generator[Layout]:
         yield DiffusersBase(base, section)
 
 
-def fresh_unet(configs: Configs, dtype: torch.dtype, seed: int) -> UNet2DConditionModel:
+def fresh_unet(configs: Configs, dtype: torch.dtype, seed: int) -> UNet:
     """A UNet with new weights. The global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network: Any = cast(UNet2DConditionModel, UNet2DConditionModel.from_config(configs.unet))
+        network: Any = cast(UNet, unet_class(configs.unet).from_config(configs.unet))
     return network.to(dtype)
 
 
 def fresh_text_encoder(configs: Configs, dtype: torch.dtype, seed: int) -> CLIPTextModel:
     """A text encoder with new weights. The global random state is left as it was."""
+    assert configs.text_encoder is not None, "this base reads no text"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 1)
         network: Any = CLIPTextModel(CLIPTextConfig.from_dict(configs.text_encoder.to_dict()))
@@ -121,11 +127,17 @@ def _facts(section: ModelSection, configs: Configs) -> dict[str, Any]:
             f"{', '.join(get_args(PredictionType))}. If the config is wrong, set model.prediction_type."
         )
     return {
-        "family": recognise(configs.unet, configs.text_encoder.hidden_size, section.base),
+        "family": _family(configs, section.base),
         "scheduler_config": configs.scheduler,
         "prediction_type": prediction_type,
         "source": section.base,
     }
+
+
+def _family(configs: Configs, source: str) -> Family:
+    if configs.text_encoder is None:
+        return recognise_super_resolution(configs.unet, configs.vae, source)
+    return recognise(configs.unet, configs.text_encoder.hidden_size, source)
 
 
 def _tiny_folder() -> Path:

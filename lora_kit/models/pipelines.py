@@ -9,7 +9,7 @@ import diffusers
 from torch import Tensor, nn
 
 from lora_kit.errors import ModelError, did_you_mean
-from lora_kit.models.bundle import ModelBundle
+from lora_kit.models.bundle import FirstStage, ModelBundle
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -44,14 +44,20 @@ def scheduler_named(name: str, config: Mapping[str, Any]) -> Any:
     return scheduler.from_config({**_LATENT_DEFAULTS, **config})
 
 
-def pipeline(bundle: ModelBundle, scheduler: str = "ddim") -> diffusers.StableDiffusionPipeline:
-    """diffusers' StableDiffusionPipeline around the bundle's own networks (not copies), without progress bar.
+def pipeline(bundle: ModelBundle, scheduler: str = "ddim") -> Any:
+    """diffusers' pipeline around the bundle's own networks (not copies), without progress bar:
+    StableDiffusionPipeline, or LDMSuperResolutionPipeline for a base that reads no text.
 
     No safety checker: it judges photographs and is no part of the base. A VAE of another precision than the UNet
     casts what it is given.
     """
     _cast_on_entry(bundle.vae)
     config = {**bundle.scheduler_config, "prediction_type": bundle.prediction_type}
+    if not bundle.has_text:
+        make_plain: Any = diffusers.LDMSuperResolutionPipeline
+        plain: Any = make_plain(vqvae=bundle.vae, unet=bundle.unet, scheduler=scheduler_named(scheduler, config))
+        plain.set_progress_bar_config(disable=True)
+        return plain
     make: Any = diffusers.StableDiffusionPipeline  # annotated as if its optional parts were not
     pipe: Any = make(
         vae=bundle.vae,
@@ -68,14 +74,13 @@ def pipeline(bundle: ModelBundle, scheduler: str = "ddim") -> diffusers.StableDi
 
 
 def _cast_to_own(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Forward pre-hook: casts a layer's input to its weight's dtype."""
-    weight: Any = layer.weight
-    return (inputs[0].to(weight.dtype), *inputs[1:])
+    """Forward pre-hook: casts a layer's input to its weights' dtype."""
+    return (inputs[0].to(next(layer.parameters()).dtype), *inputs[1:])
 
 
-def _cast_on_entry(vae: diffusers.AutoencoderKL) -> None:
-    """Let an fp32 VAE decode what a bf16 UNet made: diffusers hands the latents over as they are."""
-    layers: tuple[Any, ...] = (vae.post_quant_conv, vae.decoder.conv_in)
+def _cast_on_entry(vae: FirstStage) -> None:
+    """Let an fp32 first stage decode what a bf16 UNet made: diffusers hands the latents over as they are."""
+    layers: tuple[Any, ...] = (getattr(vae, "quantize", None), vae.post_quant_conv, vae.decoder.conv_in)
     for layer in layers:
         if layer is not None and not getattr(layer, "_casts_input", False):
             layer.register_forward_pre_hook(_cast_to_own)

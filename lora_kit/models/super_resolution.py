@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lora_kit.errors import ModelError, RecipeError
+from lora_kit.models import first_stage
 from lora_kit.models.bundle import Family, ModelBundle
 from lora_kit.models.degrading import low_resolution
-from lora_kit.models.families import vae_factor
 from lora_kit.models.picture_inputs import PictureInputs, image_pixels
 from lora_kit.recipe.captions import LongText
 from lora_kit.recipe.degradation import DegradationSection
@@ -46,14 +46,8 @@ class SuperResolution:
         return SuperResolution(self.side_step, recipe.degradation)
 
     def encode(self, bundle: ModelBundle, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """pixels [b, 3, H, W] in -1..1 → the latents before quantisation [b, c, h, w] and a deviation of 0, fp32.
-
-        Runs in the first stage's own precision even inside autocast.
-        """
-        first_stage: Any = bundle.vae
-        with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
-            latents = first_stage.encode(pixels.to(first_stage.dtype)).latents.float()
-        return latents, torch.zeros_like(latents)
+        """pixels [b, 3, H, W] in -1..1 → the latents before quantisation [b, c, h, w] and a deviation of 0, fp32."""
+        return first_stage.encode(bundle.vae, pixels)
 
     def target_latents(self, bundle: ModelBundle, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
         """z0 = mean, fp32: nothing is drawn, and nothing scaled."""
@@ -94,7 +88,7 @@ class SuperResolution:
         generators: Sequence[torch.Generator],
     ) -> Tensor:
         """The pictures [b, 3, H, W] in -1..1, degraded to [b, 3, h, w] as the recipe's `degradation` says."""
-        factor = vae_factor(bundle)
+        factor = first_stage.vae_factor(bundle)
         small = [
             low_resolution(one, factor, self.degradation, generator)
             for one, generator in zip(pixels.cpu(), generators, strict=True)
@@ -116,16 +110,11 @@ class SuperResolution:
     def drawn_size(self, bundle: ModelBundle, picture: tuple[int, int]) -> tuple[int, int]:
         """The picture's sides times what the model enlarges by. Raises RecipeError for one that the network cannot
         take: its sides must be multiples of `side_step` over that."""
-        factor = vae_factor(bundle)
+        factor = first_stage.vae_factor(bundle)
         step = self.side_step // factor
         if picture[0] % step or picture[1] % step or not all(picture):
             raise RecipeError(f"The picture has {picture[0]}x{picture[1]} pixels; this base takes multiples of {step}.")
         return picture[0] * factor, picture[1] * factor
-
-
-def is_super_resolution(unet: Mapping[str, Any]) -> bool:
-    """Whether a UNet's config is that of a UNet2DModel, which takes no text."""
-    return "cross_attention_dim" not in unet and unet.get("_class_name", "UNet2DModel") == "UNet2DModel"
 
 
 def recognise_super_resolution(unet: Mapping[str, Any], vae: Mapping[str, Any], source: str) -> Family:

@@ -34,9 +34,9 @@ from lora_kit.data.cache import (
 from lora_kit.data.records import MAX_NAMED, Flaw, settle_flaws
 from lora_kit.data.scan import tell_findings
 from lora_kit.data.split import open_parted_sets
-from lora_kit.inference.sampling import vae_factor
 from lora_kit.models import ModelBundle
 from lora_kit.models.fingerprints import text_encoder_fingerprint, tokenizer_fingerprint, vae_fingerprint
+from lora_kit.models.first_stage import vae_factor
 from lora_kit.progress import ProgressBar
 from lora_kit.recipe import Recipe
 from lora_kit.recipe.cache import cache_folder

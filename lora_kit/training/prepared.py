@@ -12,8 +12,8 @@ from torch import nn
 
 from lora_kit.data import TrainingSet, cache_latents
 from lora_kit.data.cache import DiskTexts
-from lora_kit.inference.sampling import vae_factor
 from lora_kit.models import ModelBundle
+from lora_kit.models.first_stage import vae_factor
 from lora_kit.progress import ProgressBar
 from lora_kit.recipe import Recipe
 from lora_kit.training.caching import ENCODE_BATCH, data_sets, fill_cache, open_cache

@@ -125,11 +125,13 @@ def _write_model(run: Run, path: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     pipe = pipeline(replace(run.bundle, **networks))
     pipe.to(dtype=_dtype(run))
-    # As read: not with the padding of the last batch.
-    pipe.tokenizer.backend_tokenizer.no_padding()
-    pipe.tokenizer.backend_tokenizer.no_truncation()
+    if run.bundle.has_text:
+        # As read: not with the padding of the last batch.
+        pipe.tokenizer.backend_tokenizer.no_padding()
+        pipe.tokenizer.backend_tokenizer.no_truncation()
     pipe.save_pretrained(temporary, safe_serialization=True)
-    _name_no_half_precision(temporary / "text_encoder" / "config.json")
+    if run.bundle.has_text:
+        _name_no_half_precision(temporary / "text_encoder" / "config.json")
     sync_tree(temporary)
     if path.exists():
         shutil.rmtree(path)
