@@ -155,9 +155,8 @@ def _denoise(
     guided = settings.guidance > 1 and bundle.has_text
     captions = [settings.negative_prompt] * len(prompts) * guided + list(prompts)
     condition = bundle.family.condition(bundle, captions, settings.long_prompts)
-    begun = start(
-        bundle, scheduler, inputs, _strength(settings, inputs), _shape(bundle, len(prompts), settings), generators
-    )
+    shape = _shape(bundle, len(prompts), settings)
+    begun = start(bundle, scheduler, inputs, _strength(settings, inputs), shape, generators)
     latents, timesteps = begun.latents, begun.timesteps
     beside = None if begun.beside is None else torch.cat([begun.beside] * (1 + guided))
     for index, timestep in enumerate(timesteps):

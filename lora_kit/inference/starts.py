@@ -1,7 +1,7 @@
 """Where sampling begins: at noise, or at a picture's latents, noised; and what is kept of the picture on the way.
 
-As StableDiffusionImg2ImgPipeline and StableDiffusionInpaintPipeline do it, with their order of random draws: a seed gives
-the same picture (tests hold that).
+As StableDiffusionImg2ImgPipeline and StableDiffusionInpaintPipeline do it, with their order of random draws: a seed
+gives the same picture (tests hold that).
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Kept(NamedTuple):
     """[b, 1, h, w]: 1 is drawn anew, 0 is kept."""
 
     def put_back(self, scheduler: Any, latents: Tensor, following: Tensor | None) -> Tensor:
-        """The latents after a step, around the mask those of the pictures, at the next timestep's noise (None: clean)."""
+        """The latents after a step, with those of the pictures around the mask, noised for the next timestep (None:
+        clean)."""
         known = self.clean
         if following is not None:
             known = scheduler.add_noise(known, self.noise, following[None])
@@ -66,7 +67,7 @@ def start(
     """
     timesteps = scheduler.timesteps
     masked = inputs is not None and inputs[0].mask is not None
-    sees_mask = masked and bundle.family.needs_pixels
+    sees_mask = masked and bundle.family.sees_mask
     begins = inputs is not None and bundle.family.begins_at_picture
     clean = None
     if inputs is not None and begins and (strength < 1 or not sees_mask):

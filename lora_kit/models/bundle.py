@@ -29,6 +29,18 @@ class Family(Protocol):
     """Whether `beside` is made of the pictures themselves: each step then reads them, even where latents are kept."""
     begins_at_picture: bool
     """Whether sampling can begin at a picture's own latents, noised (img2img: Meng et al. 2022, "SDEdit")."""
+    sees_mask: bool
+    """Whether the network is told by `beside_drawn` what is to be filled. For others, what surrounds the mask is put
+    back after each step of the sampler."""
+    restores: bool
+    """Whether what is drawn is to be the picture that `beside` was made of: PSNR and SSIM tell how near it comes."""
+    pipeline_name: str
+    """The class of diffusers that draws with it."""
+
+    @property
+    def fills_masks(self) -> bool:
+        """Whether the data's masks say what is to be filled, which `beside` is told, not what counts in the loss."""
+        ...
 
     def for_recipe(self, recipe: Recipe) -> Family:
         """The family as the recipe's section about it says. Raises RecipeError for what it cannot do."""

@@ -11,9 +11,12 @@ from torch import Tensor
 from lora_kit.errors import ModelError, RecipeError
 from lora_kit.models import first_stage
 from lora_kit.models.bundle import Family, ModelBundle
+from lora_kit.models.family_names import fills_masks
+from lora_kit.models.inpainting import FillsMasks
 from lora_kit.models.picture_inputs import PictureInputs
 from lora_kit.models.text_states import PaddedStates, chunk_ids, join_states
 from lora_kit.recipe.captions import LongText
+from lora_kit.recipe.inpainting import check_inpainting
 from lora_kit.recipe.without_text import check_with_text
 
 if TYPE_CHECKING:
@@ -23,7 +26,6 @@ _OTHER_INPUTS = {
     5: "a depth-to-image model",
     7: "an upscaler",
     8: "an image-editing model (InstructPix2Pix)",
-    9: "an inpainting model",
 }
 
 
@@ -33,9 +35,14 @@ class StableDiffusion:
     name = "sd"
     needs_pixels = False
     begins_at_picture = True
+    sees_mask = False
+    fills_masks = False
+    restores = False
+    pipeline_name = "StableDiffusionPipeline"
 
     def for_recipe(self, recipe: Recipe) -> Family:
         """Itself. Raises RecipeError for a section that is about other models."""
+        check_inpainting(recipe, self.name, fills=False)
         check_with_text(recipe)
         return self
 
@@ -104,7 +111,7 @@ class StableDiffusion:
         condition: Tensor | PaddedStates,
         beside: Tensor | None = None,
     ) -> Tensor:
-        """The UNet's output for z_t [b, c, h, w], with `beside` behind it, at t [b] (int64), fp32 in the latents' shape.
+        """The UNet's output for z_t [b, c, h, w] (`beside` behind it) at t [b] (int64), fp32 in the latents' shape.
 
         Inputs are cast to the dtype the base is held in, so that a bf16 base needs no autocast.
         """
@@ -139,8 +146,8 @@ class StableDiffusion:
         fitting = [max(factor, round(side / factor) * factor) for side in picture]
         if list(picture) != fitting:
             raise RecipeError(
-                f"The picture has {picture[0]}x{picture[1]} pixels; this base takes sides that are multiples of {factor}. "
-                f"Resize or crop it, to {fitting[0]}x{fitting[1]} for example."
+                f"The picture has {picture[0]}x{picture[1]} pixels; this base takes sides that are multiples of "
+                f"{factor}. Resize or crop it, to {fitting[0]}x{fitting[1]} for example."
             )
         return picture
 
@@ -157,6 +164,18 @@ class StableDiffusion2(StableDiffusion):
     name = "sd2"
 
 
+class StableDiffusion1Inpainting(FillsMasks, StableDiffusion):
+    """SD 1.x inpainting."""
+
+    name = "sd1-inpainting"
+
+
+class StableDiffusion2Inpainting(FillsMasks, StableDiffusion):
+    """SD 2.x inpainting."""
+
+    name = "sd2-inpainting"
+
+
 def token_limit(bundle: ModelBundle) -> int:
     """Tokens in a caption, start and end included: 77 for CLIP."""
     return min(_tokenizer(bundle).model_max_length, bundle.text_encoder.config.max_position_embeddings)
@@ -170,7 +189,8 @@ def recognise(unet: Mapping[str, Any], text_width: int, source: str) -> Family:
     channels, width = unet.get("in_channels"), unet.get("cross_attention_dim")
     if unet.get("addition_embed_type") == "text_time":
         raise _unsupported(source, "a Stable Diffusion XL model (its UNet takes a pooled text embedding and sizes)")
-    if channels != unet.get("out_channels"):
+    fills = fills_masks(unet)
+    if channels != unet.get("out_channels") and not fills:
         kind = _OTHER_INPUTS.get(int(channels or 0), "of an unknown kind")
         raise _unsupported(source, f"{kind}: its UNet takes {channels} channels and gives {unet.get('out_channels')}")
     if unet.get("class_embed_type") is not None or unet.get("num_class_embeds") is not None:
@@ -180,11 +200,16 @@ def recognise(unet: Mapping[str, Any], text_width: int, source: str) -> Family:
             f"{source}: the UNet attends to text states of width {width}, but the text encoder gives {text_width}. "
             f"Its parts come from different models; use the text encoder that the UNet was trained with."
         )
-    return StableDiffusion2() if unet.get("use_linear_projection") else StableDiffusion1()
+    first, second = (StableDiffusion1, StableDiffusion2)
+    if fills:
+        first, second = (StableDiffusion1Inpainting, StableDiffusion2Inpainting)
+    return second() if unet.get("use_linear_projection") else first()
 
 
 def _unsupported(source: str, what: str) -> ModelError:
-    return ModelError(f"{source} is {what}. Supported so far: Stable Diffusion v1 and v2, text to image.")
+    return ModelError(
+        f"{source} is {what}. Supported so far: Stable Diffusion v1 and v2, text to image and inpainting."
+    )
 
 
 def _tokenizer(bundle: ModelBundle) -> Any:

@@ -45,20 +45,18 @@ def scheduler_named(name: str, config: Mapping[str, Any]) -> Any:
 
 
 def pipeline(bundle: ModelBundle, scheduler: str = "ddim") -> Any:
-    """diffusers' pipeline around the bundle's own networks (not copies), without progress bar:
-    StableDiffusionPipeline, or LDMSuperResolutionPipeline for a base that reads no text.
+    """diffusers' own pipeline of the family around the bundle's own networks (not copies), without progress bar.
 
     No safety checker: it judges photographs and is no part of the base. A VAE of another precision than the UNet
     casts what it is given.
     """
     _cast_on_entry(bundle.vae)
     config = {**bundle.scheduler_config, "prediction_type": bundle.prediction_type}
+    make: Any = getattr(diffusers, bundle.family.pipeline_name)  # annotated as if its optional parts were not
     if not bundle.has_text:
-        make_plain: Any = diffusers.LDMSuperResolutionPipeline
-        plain: Any = make_plain(vqvae=bundle.vae, unet=bundle.unet, scheduler=scheduler_named(scheduler, config))
+        plain: Any = make(vqvae=bundle.vae, unet=bundle.unet, scheduler=scheduler_named(scheduler, config))
         plain.set_progress_bar_config(disable=True)
         return plain
-    make: Any = diffusers.StableDiffusionPipeline  # annotated as if its optional parts were not
     pipe: Any = make(
         vae=bundle.vae,
         text_encoder=bundle.text_encoder,

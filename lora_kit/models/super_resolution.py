@@ -15,6 +15,7 @@ from lora_kit.models.degrading import low_resolution
 from lora_kit.models.picture_inputs import PictureInputs, image_pixels
 from lora_kit.recipe.captions import LongText
 from lora_kit.recipe.degradation import DegradationSection
+from lora_kit.recipe.inpainting import check_inpainting
 from lora_kit.recipe.without_text import check_super_resolution
 
 if TYPE_CHECKING:
@@ -32,6 +33,10 @@ class SuperResolution:
     name = "ldm_super_resolution"
     needs_pixels = True
     begins_at_picture = False
+    sees_mask = False
+    fills_masks = False
+    restores = True
+    pipeline_name = "LDMSuperResolutionPipeline"
 
     def __init__(self, side_step: int, degradation: DegradationSection | None = None) -> None:
         """side_step: what a training picture's sides must be multiples of, pixels: the network halves its input as
@@ -42,6 +47,7 @@ class SuperResolution:
     def for_recipe(self, recipe: Recipe) -> Family:
         """The family with the recipe's degradation. Raises RecipeError for all that is about text, and for sizes that
         the network does not take."""
+        check_inpainting(recipe, self.name, fills=False)
         check_super_resolution(recipe, self.side_step)
         return SuperResolution(self.side_step, recipe.degradation)
 

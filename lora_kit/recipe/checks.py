@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from lora_kit.recipe.base import Problem
+from lora_kit.recipe.inpainting import inpainting_problems
 from lora_kit.recipe.methods import IN_PEFT_LAYERS, WITH_UP_AND_DOWN
 from lora_kit.recipe.objective import prediction_problems
 from lora_kit.recipe.quantize import quantize_problems
@@ -26,6 +27,7 @@ def recipe_problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _averages(recipe)
     yield from _lora_plus(recipe)
     yield from validation_problems(recipe)
+    yield from inpainting_problems(recipe)
     yield from result_problems(recipe)
     yield from _targets_of_sources(recipe)
     yield from _prediction(recipe)

@@ -25,6 +25,7 @@ from lora_kit.recipe.cache import CacheSection
 from lora_kit.recipe.captions import CaptionRules, CaptionSection
 from lora_kit.recipe.checks import recipe_problems
 from lora_kit.recipe.degradation import DegradationSection
+from lora_kit.recipe.inpainting import InpaintingSection
 from lora_kit.recipe.objective import ObjectiveSection
 from lora_kit.recipe.optimizer import OptimizerSection
 from lora_kit.recipe.rules import PresetName, PresetRules, TargetItem, TargetRule, Targets
@@ -43,6 +44,7 @@ __all__ = [
     "DataSection",
     "DegradationSection",
     "EarlyStopSection",
+    "InpaintingSection",
     "Method",
     "ModelSection",
     "ObjectiveSection",
@@ -179,6 +181,8 @@ class Recipe(Section):
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
     train: TrainSection = TrainSection()
+    inpainting: InpaintingSection | None = None
+    """Which parts of a picture are to be filled: only for an inpainting base, which without it takes the defaults."""
     save: SaveSection = SaveSection()
     validation: ValidationSection = ValidationSection()
     output_dir: PathText = "runs/default"

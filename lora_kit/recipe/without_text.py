@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lora_kit.errors import RecipeError
-from lora_kit.recipe.base import Problem, idle
+from lora_kit.recipe.base import Problem, Section, idle
 
 if TYPE_CHECKING:
     from lora_kit.recipe.sections import DataSection, Recipe
@@ -27,6 +27,28 @@ def check_with_text(recipe: Recipe) -> None:
     if recipe.degradation is not None:
         said = "is about super-resolution's low-resolution pictures, and this base takes none; remove it."
         _refuse(recipe, [Problem(("degradation",), said)])
+
+
+def fitted_to_base(recipe: Recipe, side_step: int) -> Recipe:
+    """The recipe as its base takes it; side_step: as `check_super_resolution`'s, 0 for any other base.
+
+    Raises RecipeError as the two checks do.
+    """
+    if not side_step:
+        check_with_text(recipe)
+        return recipe
+    check_super_resolution(recipe, side_step)
+    return without_captions(recipe)
+
+
+def without_captions(recipe: Recipe) -> Recipe:
+    """The recipe for a base that reads no text: in all of its sources a picture without a caption is as good as any."""
+    sources = [source.without_captions() for source in recipe.data.sources]
+    changed: dict[str, Section] = {"data": recipe.data.model_copy(update={"sources": sources})}
+    if recipe.validation.source is not None:
+        held_out = recipe.validation.source.without_captions()
+        changed["validation"] = recipe.validation.model_copy(update={"held_out": held_out})
+    return recipe.model_copy(update=changed)
 
 
 def _refuse(recipe: Recipe, problems: list[Problem]) -> None:

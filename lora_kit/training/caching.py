@@ -40,8 +40,8 @@ from lora_kit.models.first_stage import vae_factor
 from lora_kit.progress import ProgressBar
 from lora_kit.recipe import Recipe
 from lora_kit.recipe.cache import cache_folder
+from lora_kit.recipe.without_text import without_captions
 from lora_kit.training.encoders import latent_encoder, load_encoders, text_encoder, trains_text_encoder
-from lora_kit.training.textless import ignore_captions, without_captions
 
 ENCODE_BATCH = 8
 MOST_CAPTIONS = 16
@@ -146,7 +146,7 @@ def data_sets(
     if not has_text:
         sets = data_sets(without_captions(recipe), hints, bar, latent_factor)
         for data in sets:
-            ignore_captions(data)
+            data.ignore_captions()
         return sets
     held_out, split = recipe.validation.source, recipe.validation.split
     if split is not None:
