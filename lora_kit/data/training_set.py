@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,13 @@ class TrainingSet(Dataset[Sample]):
     def pictures(self) -> list[Image.Image]:
         """All pictures as RGB squares of `resolution`, centre crop, in the records' order. Opens the files."""
         return [square_picture(read_picture(record).image, self.section.resolution) for record in self.records]
+
+    def ignore_captions(self) -> None:
+        """Take the captions from the records, for a model that reads none; told once if there were any."""
+        count = sum(bool(record.caption) for record in self.records)
+        if count:
+            self.notices.append(f"The base reads no text: the captions of {count} pictures are ignored.")
+        self.records = [replace(record, caption="", captions=()) for record in self.records]
 
     def drop(self, broken: Mapping[int, str]) -> None:
         """Leave out the records at these indices, for these reasons. Raises DataError if none remains."""

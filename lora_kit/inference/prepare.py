@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from lora_kit.adapters import AdapterState, apply_scales, family_of, load_adapter, read_adapter
 from lora_kit.inference.sampling import SamplingSettings
@@ -45,8 +44,7 @@ def prepare(base: str, files: Sequence[Path], dtype: torch.dtype | None = None, 
     warnings = _mismatches(files, states, bundle)
     shares = _shares(bundle, states, rules)
     warnings += follow_schedules(bundle, files, [state.metadata for state in states])
-    networks: list[nn.Module] = [bundle.unet, bundle.text_encoder, bundle.vae]
-    for network in networks:
+    for network in bundle.networks:
         network.to(device)
     names = tuple(f"adapter_{index}" for index in range(len(files)))
     for name, state in zip(names, states, strict=True):

@@ -78,7 +78,7 @@ def draw(
     size = batch_size or fitting_batch_size(settings)
     starts = range(0, len(prompts), size)
     pictures: list[Image.Image] = []
-    with evaluating(bundle.unet, bundle.text_encoder, bundle.vae), torch.no_grad():
+    with evaluating(*bundle.networks), torch.no_grad():
         for first in progress(starts, "drawing", len(starts)):
             part = slice(first, first + size)
             own = inputs[part] if inputs is not None else None
@@ -94,7 +94,7 @@ def sample_latents(
     _check(bundle, settings)
     size = fitting_batch_size(settings)
     starts = range(0, len(prompts), size)
-    with evaluating(bundle.unet, bundle.text_encoder), torch.no_grad():
+    with evaluating(*bundle.components.values()), torch.no_grad():
         parts = [_denoise(bundle, prompts[at : at + size], seeds[at : at + size], settings) for at in starts]
     return torch.cat(parts)
 
@@ -152,7 +152,7 @@ def _denoise(
     scheduler.set_timesteps(settings.steps, device=bundle.device)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     options = _step_options(scheduler, generators, settings)
-    guided = settings.guidance > 1
+    guided = settings.guidance > 1 and bundle.has_text
     captions = [settings.negative_prompt] * len(prompts) * guided + list(prompts)
     condition = bundle.family.condition(bundle, captions, settings.long_prompts)
     shape = _shape(bundle, len(prompts), settings)
@@ -191,7 +191,8 @@ def decode(bundle: ModelBundle, latents: Tensor) -> Tensor:
     """
     vae: Any = bundle.vae
     # The VAE has its own precision and, being large, works on one picture at a time: activations are what fills memory.
-    pixels = torch.cat([decode_latents(vae, one) for one in latents.split(_decoded_at_once(latents))])
+    scale = bundle.family.latent_scale(bundle)
+    pixels = torch.cat([decode_latents(vae, one, scale) for one in latents.split(_decoded_at_once(latents))])
     if not bool(torch.isfinite(pixels).all()):
         raise ModelError(
             f"the picture holds NaN or infinite values (networks in {bundle.unet.dtype}, VAE in {vae.dtype}). "

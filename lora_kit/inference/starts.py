@@ -33,7 +33,8 @@ class Kept(NamedTuple):
     """[b, 1, h, w]: 1 is drawn anew, 0 is kept."""
 
     def put_back(self, scheduler: Any, latents: Tensor, following: Tensor | None) -> Tensor:
-        """The latents after a step, around the mask those of the pictures with the next timestep's noise (None: clean)."""
+        """The latents after a step, with those of the pictures around the mask, noised for the next timestep (None:
+        clean)."""
         known = self.clean
         if following is not None:
             known = scheduler.add_noise(known, self.noise, following[None])

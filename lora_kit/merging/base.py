@@ -10,6 +10,7 @@ from lora_kit.merging.places import Places, checkpoint_places, folder_places
 from lora_kit.merging.stored import WeightFile, open_weights
 from lora_kit.merging.weights import ComponentFiles, component_files
 from lora_kit.models.checkpoint_file import SUFFIXES
+from lora_kit.models.family_names import PIPELINE_FAMILIES
 from lora_kit.models.ldm_marks import recognise
 from lora_kit.models.pipeline_index import check_index, index_in, read_index
 
@@ -70,11 +71,12 @@ def open_base(path: Path) -> Base:
 
 
 def _open_folder(folder: Path) -> Base:
-    kind = check_index(read_index(index_in(folder)), str(folder))
-    places = {name: folder / kind.folders[name] for name in COMPONENTS if name in kind.folders}
+    index = read_index(index_in(folder))
+    parts = check_index(index, str(folder))
+    places = {name: folder / parts[name].folder for name in COMPONENTS if name in parts}
     found = {name: component_files(place) for name, place in places.items() if place.is_dir()}
     if "unet" not in found:
         raise ModelError(f"{folder} is incomplete: it has no folder unet. Fetch the base again.")
     shards = {name: tuple(map(open_weights, files.weights)) for name, files in found.items()}
     files = tuple(file for some in shards.values() for file in some)
-    return Base(folder, files, folder_places(shards), found, kind.family)
+    return Base(folder, files, folder_places(shards), found, PIPELINE_FAMILIES.get(index["_class_name"]))

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel, VQModel
+from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 from transformers import BertTokenizer, CLIPTokenizer
 
 from lora_kit.models.picture_inputs import PictureInputs
-from lora_kit.models.text_models import TextModel
+from lora_kit.models.unets import UNet
 from lora_kit.recipe.captions import LongText
 
 if TYPE_CHECKING:
@@ -34,6 +34,15 @@ class Family(Protocol):
     sees_mask: bool
     """Whether the network is told by `beside_drawn` what is to be filled. For others, what surrounds the mask is put
     back after each step of the sampler."""
+    restores: bool
+    """Whether what is drawn is to be the picture that `beside` was made of: PSNR and SSIM tell how near it comes."""
+    pipeline_name: str
+    """The class of diffusers that draws with it."""
+
+    @property
+    def fills_masks(self) -> bool:
+        """Whether the data's masks say what is to be filled, which `beside` is told, not what counts in the loss."""
+        ...
 
     def for_recipe(self, recipe: Recipe) -> Family:
         """The family as the recipe's section about it says. Raises RecipeError for what it cannot do."""
@@ -45,6 +54,10 @@ class Family(Protocol):
 
     def target_latents(self, bundle: ModelBundle, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
         """The clean latents z0 = scale · (mean + std · noise) that the diffusion is trained on, fp32."""
+        ...
+
+    def latent_scale(self, bundle: ModelBundle) -> tuple[float, float]:
+        """(scale, shift): `target_latents` is scale · (latents - shift), and decoding undoes it."""
         ...
 
     def condition(self, bundle: ModelBundle, captions: list[str], long: LongText = "cut") -> Any:
@@ -103,10 +116,6 @@ class Family(Protocol):
         """
         ...
 
-    def assemble(self, bundle: ModelBundle, scheduler: Any) -> Any:
-        """diffusers' own pipeline of this family around the bundle's networks (not copies) and a scheduler."""
-        ...
-
     def drawn_size(self, bundle: ModelBundle, picture: tuple[int, int]) -> tuple[int, int]:
         """Width and height of what is drawn from an input picture of this width and height, pixels.
 
@@ -120,10 +129,11 @@ class ModelBundle:
     """A loaded (or, on the meta device, only laid out) base model."""
 
     family: Family
-    unet: UNet2DConditionModel
+    unet: UNet
     vae: FirstStage
-    text_encoder: TextModel
-    tokenizer: Tokenizer | None
+    text_encoder: Any
+    """None for a model that reads no text; so is `tokenizer`."""
+    tokenizer: Any
     scheduler_config: dict[str, Any]
     """The base's scheduler/scheduler_config.json: betas, prediction_type, …"""
     prediction_type: str
@@ -134,7 +144,17 @@ class ModelBundle:
     @property
     def components(self) -> dict[str, nn.Module]:
         """The networks that rules can pick from, by the name a rule starts with."""
-        return {"unet": self.unet, "text_encoder": self.text_encoder}
+        return {"unet": self.unet} | ({"text_encoder": self.text_encoder} if self.has_text else {})
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the model reads captions."""
+        return self.text_encoder is not None
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """Everything that holds weights."""
+        return [*self.components.values(), self.vae]
 
     @property
     def device(self) -> torch.device:

@@ -6,15 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from lora_kit.errors import ModelError, RecipeError
 from lora_kit.models import first_stage
 from lora_kit.models.bundle import Family, ModelBundle
+from lora_kit.models.family_names import fills_masks
+from lora_kit.models.inpainting import FillsMasks
 from lora_kit.models.picture_inputs import PictureInputs
 from lora_kit.models.text_states import PaddedStates, chunk_ids, join_states
 from lora_kit.recipe.captions import LongText
+from lora_kit.recipe.inpainting import check_inpainting
+from lora_kit.recipe.without_text import check_with_text
 
 if TYPE_CHECKING:
     from lora_kit.recipe import Recipe
@@ -23,7 +26,6 @@ _OTHER_INPUTS = {
     5: "a depth-to-image model",
     7: "an upscaler",
     8: "an image-editing model (InstructPix2Pix)",
-    9: "an inpainting model",
 }
 
 
@@ -34,9 +36,14 @@ class StableDiffusion:
     needs_pixels = False
     begins_at_picture = True
     sees_mask = False
+    fills_masks = False
+    restores = False
+    pipeline_name = "StableDiffusionPipeline"
 
     def for_recipe(self, recipe: Recipe) -> Family:
-        """Itself: no section is about it."""
+        """Itself. Raises RecipeError for a section that is about other models."""
+        check_inpainting(recipe, self.name, fills=False)
+        check_with_text(recipe)
         return self
 
     def encode(self, bundle: ModelBundle, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,8 +52,12 @@ class StableDiffusion:
 
     def target_latents(self, bundle: ModelBundle, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
         """z0 = scaling_factor · (mean + std · noise − shift), fp32; SD's own VAEs have no shift."""
-        scale, shift = first_stage.latent_scale(bundle.vae)
+        scale, shift = self.latent_scale(bundle)
         return (mean.float() + std.float() * noise.float() - shift) * scale
+
+    def latent_scale(self, bundle: ModelBundle) -> tuple[float, float]:
+        """`scaling_factor` and `shift_factor` of the VAE's config."""
+        return first_stage.latent_scale(bundle.vae)
 
     def condition(self, bundle: ModelBundle, captions: list[str], long: LongText = "cut") -> Tensor | PaddedStates:
         """Captions → text states [b, tokens, width] in the text encoder's dtype; keeps the graph for training it.
@@ -136,23 +147,6 @@ class StableDiffusion:
         """Nothing: the UNet takes z_t alone."""
         return None
 
-    def assemble(self, bundle: ModelBundle, scheduler: Any) -> Any:
-        """StableDiffusionPipeline around the bundle's own networks.
-
-        No safety checker: it judges photographs and is no part of the base.
-        """
-        make: Any = StableDiffusionPipeline  # annotated as if its optional parts were not
-        return make(
-            vae=bundle.vae,
-            text_encoder=bundle.text_encoder,
-            tokenizer=bundle.tokenizer,
-            unet=bundle.unet,
-            scheduler=scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-
     def drawn_size(self, bundle: ModelBundle, picture: tuple[int, int]) -> tuple[int, int]:
         """The picture's own size, whose sides must be multiples of the VAE's factor."""
         factor = first_stage.vae_factor(bundle)
@@ -177,6 +171,18 @@ class StableDiffusion2(StableDiffusion):
     name = "sd2"
 
 
+class StableDiffusion1Inpainting(FillsMasks, StableDiffusion):
+    """SD 1.x inpainting."""
+
+    name = "sd1-inpainting"
+
+
+class StableDiffusion2Inpainting(FillsMasks, StableDiffusion):
+    """SD 2.x inpainting."""
+
+    name = "sd2-inpainting"
+
+
 def recognise(unet: Mapping[str, Any], text_width: int, source: str) -> Family:
     """The family that a UNet's config and the text encoder's width describe.
 
@@ -185,7 +191,8 @@ def recognise(unet: Mapping[str, Any], text_width: int, source: str) -> Family:
     channels, width = unet.get("in_channels"), unet.get("cross_attention_dim")
     if unet.get("addition_embed_type") == "text_time":
         raise _unsupported(source, "a Stable Diffusion XL model (its UNet takes a pooled text embedding and sizes)")
-    if channels != unet.get("out_channels"):
+    fills = fills_masks(unet)
+    if channels != unet.get("out_channels") and not fills:
         kind = _OTHER_INPUTS.get(int(channels or 0), "of an unknown kind")
         raise _unsupported(source, f"{kind}: its UNet takes {channels} channels and gives {unet.get('out_channels')}")
     if unet.get("class_embed_type") is not None or unet.get("num_class_embeds") is not None:
@@ -195,11 +202,16 @@ def recognise(unet: Mapping[str, Any], text_width: int, source: str) -> Family:
             f"{source}: the UNet attends to text states of width {width}, but the text encoder gives {text_width}. "
             f"Its parts come from different models; use the text encoder that the UNet was trained with."
         )
-    return StableDiffusion2() if unet.get("use_linear_projection") else StableDiffusion1()
+    first, second = (StableDiffusion1, StableDiffusion2)
+    if fills:
+        first, second = (StableDiffusion1Inpainting, StableDiffusion2Inpainting)
+    return second() if unet.get("use_linear_projection") else first()
 
 
 def _unsupported(source: str, what: str) -> ModelError:
-    return ModelError(f"{source} is {what}. Supported so far: Stable Diffusion v1 and v2, text to image.")
+    return ModelError(
+        f"{source} is {what}. Supported so far: Stable Diffusion v1 and v2, text to image and inpainting."
+    )
 
 
 def _tokenizer(bundle: ModelBundle) -> Any:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from diffusers import UNet2DConditionModel
 
 from lora_kit.models.bundle import FirstStage, Tokenizer
 from lora_kit.models.text_models import TextConfig, TextModel
+from lora_kit.models.unets import UNet
 
 
 class Configs(NamedTuple):
@@ -16,7 +16,8 @@ class Configs(NamedTuple):
 
     unet: dict[str, Any]
     vae: dict[str, Any]
-    text_encoder: TextConfig
+    text_encoder: TextConfig | None
+    """None for a base that reads no text; its `text_encoder` and `tokenizer` below are not asked for."""
     scheduler: dict[str, Any]
 
 
@@ -27,7 +28,7 @@ class Layout(Protocol):
         """The configs, without reading weights."""
         ...
 
-    def unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
+    def unet(self, dtype: torch.dtype) -> UNet:
         """The UNet, held in `dtype`."""
         ...
 

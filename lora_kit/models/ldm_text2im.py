@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers import LDMTextToImagePipeline
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig
 from torch import Tensor
 
@@ -21,7 +20,8 @@ class LdmTextToImage(StableDiffusion):
     mask, so that the network sees the states of the padding too. A long caption's chunks are each [CLS] … [SEP].
     """
 
-    name = "ldm-text2im"
+    name = "ldm_text2im"
+    pipeline_name = "LDMTextToImagePipeline"
 
     def token_limit(self, bundle: ModelBundle) -> int:
         """Positions of the text encoder: 77. The tokenizer's own limit is BERT's 512, and the pipeline passes it by."""
@@ -30,17 +30,6 @@ class LdmTextToImage(StableDiffusion):
     def _states(self, bundle: ModelBundle, ids: Tensor) -> Tensor:
         # Said here, so that LDMBert does not ask its config and have transformers warn of that.
         return bundle.text_encoder(ids, return_dict=True).last_hidden_state
-
-    def assemble(self, bundle: ModelBundle, scheduler: Any) -> LDMTextToImagePipeline:
-        """LDMTextToImagePipeline around the bundle's own networks."""
-        make: Any = LDMTextToImagePipeline
-        return make(
-            vqvae=bundle.vae,
-            bert=bundle.text_encoder,
-            tokenizer=bundle.tokenizer,
-            unet=bundle.unet,
-            scheduler=scheduler,
-        )
 
 
 def recognise_ldm(unet: Mapping[str, Any], text: LDMBertConfig, source: str) -> Family:

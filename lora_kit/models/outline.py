@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora_kit.models import ldm_configs
 from lora_kit.models.architecture import UnknownArchitectureError, text_encoder_tree, unet_tree, vae_tree
+from lora_kit.models.family_names import family_name, fills_masks
 from lora_kit.models.ldm_keys import structure
 from lora_kit.recipe.sections import ModelSection
 from lora_kit.targeting import ModuleInfo
@@ -32,6 +33,10 @@ class Outline(NamedTuple):
     """What the scheduler's config says that the network predicts, and below how many timesteps it has; None where they
     were not read, as of a single file that the outline describes without loading."""
     timesteps: int | None = None
+    family: str = ""
+    """`sd1`, …"""
+    side_step: int = 0
+    """Of a super-resolution base, what the sides of training pictures must be multiples of; 0: another base."""
 
 
 class _Configs(NamedTuple):
@@ -86,10 +91,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _described(configs: _Configs) -> Outline:
     unet, text = unet_tree(configs.unet), text_encoder_tree(configs.text_encoder)
     text_width = text[-1].shape[0]  # of the final norm
-    if (configs.unet["in_channels"], configs.unet["cross_attention_dim"]) != (configs.unet["out_channels"], text_width):
+    unet_config = configs.unet
+    if unet_config["cross_attention_dim"] != text_width:
+        raise UnknownArchitectureError
+    if unet_config["in_channels"] != unet_config["out_channels"] and not fills_masks(unet_config):
         raise UnknownArchitectureError
     parameters = {"unet": _count(unet), "text_encoder": _count(text), "vae": _count(vae_tree(configs.vae))}
-    return Outline([*unet, *text], parameters)
+    return Outline([*unet, *text], parameters, family=family_name(unet_config))
 
 
 def _built(section: ModelSection) -> Outline:
@@ -101,7 +109,9 @@ def _built(section: ModelSection) -> Outline:
     networks = {**bundle.components, "vae": bundle.vae}
     sizes = {name: sum(weight.numel() for weight in network.parameters()) for name, network in networks.items()}
     config = bundle.scheduler_config
-    return Outline(tree, sizes, config.get("prediction_type", "epsilon"), config.get("num_train_timesteps"))
+    predicts, count = config.get("prediction_type", "epsilon"), config.get("num_train_timesteps")
+    side_step = getattr(bundle.family, "side_step", 0)
+    return Outline(tree, sizes, predicts, count, bundle.family.name, side_step)
 
 
 def _count(tree: Sequence[ModuleInfo]) -> int:

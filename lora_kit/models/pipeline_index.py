@@ -1,4 +1,4 @@
-"""A diffusers pipeline's model_index.json: which part lies where, and can it be read? Imports no diffusers."""
+"""A diffusers pipeline's model_index.json: which kind it is, and where its parts lie. Imports no diffusers."""
 
 from __future__ import annotations
 
@@ -9,51 +9,63 @@ from typing import Any, NamedTuple, cast
 
 from lora_kit.errors import ModelError
 
-PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+class Part(NamedTuple):
+    """A part of a pipeline."""
+
+    folder: str
+    """Its folder, which is its key in the index."""
+    classes: tuple[str, ...]
+    """What it may be; one of diffusers' and transformers' classes. Empty: anything."""
 
 
-class PipelineKind(NamedTuple):
-    """What a pipeline's folder holds."""
+Parts = Mapping[str, Part]
+"""By what lora_kit calls them: `unet`, `vae`, `text_encoder`, `tokenizer`, `scheduler`; a part that the pipeline does
+without is not in it."""
 
-    folders: dict[str, str]
-    """Part as lora_kit calls it → the sub-folder, which is what the index calls it."""
-    classes: dict[str, tuple[str, ...]]
-    """Part → the classes that it may have."""
-    family: str | None = None
-    """Of every base of this kind; None: its configs tell."""
-
-
-STABLE_DIFFUSION = PipelineKind(
-    {part: part for part in PARTS},
-    {"unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL",), "text_encoder": ("CLIPTextModel",)},
-)
-KINDS: dict[str, PipelineKind] = {
-    "LDMTextToImagePipeline": PipelineKind(
-        {part: part for part in PARTS} | {"vae": "vqvae", "text_encoder": "bert"},
-        {
-            "unet": ("UNet2DConditionModel",),
-            "vae": ("AutoencoderKL", "VQModel"),
-            "text_encoder": ("LDMBertModel",),
-            "tokenizer": ("BertTokenizer", "BertTokenizerFast"),
-        },
-        "ldm-text2im",
-    ),
+_STABLE_DIFFUSION: Parts = {
+    "unet": Part("unet", ("UNet2DConditionModel",)),
+    "vae": Part("vae", ("AutoencoderKL",)),
+    "text_encoder": Part("text_encoder", ("CLIPTextModel",)),
+    "tokenizer": Part("tokenizer", ()),
+    "scheduler": Part("scheduler", ()),
 }
-"""Pipelines that call their parts otherwise than Stable Diffusion's, by class."""
+_KINDS: dict[str, Parts] = {
+    "LDMSuperResolutionPipeline": {
+        "unet": Part("unet", ("UNet2DModel",)),
+        "vae": Part("vqvae", ("VQModel",)),
+        "scheduler": Part("scheduler", ()),
+    },
+    "LDMTextToImagePipeline": {
+        "unet": Part("unet", ("UNet2DConditionModel",)),
+        "vae": Part("vqvae", ("AutoencoderKL", "VQModel")),
+        "text_encoder": Part("bert", ("LDMBertModel",)),
+        "tokenizer": Part("tokenizer", ("BertTokenizer", "BertTokenizerFast")),
+        "scheduler": Part("scheduler", ()),
+    },
+}
+"""Pipelines of other parts than Stable Diffusion's, by their class."""
+_SUPPORTED = "Supported so far: Stable Diffusion v1 and v2, and latent-diffusion text-to-image and super-resolution."
 
 
-def kind_of(index: Mapping[str, Any]) -> PipelineKind:
-    """What the pipeline's class says of its folder: Stable Diffusion's where it is none of KINDS."""
-    return KINDS.get(str(index.get("_class_name")), STABLE_DIFFUSION)
+def parts_of(pipeline: str) -> Parts:
+    """The parts of a pipeline by its class's name: Stable Diffusion's where nothing else is known of it."""
+    return _KINDS.get(pipeline, _STABLE_DIFFUSION)
+
+
+def is_other(pipeline: str) -> bool:
+    """Whether the pipeline is none of Stable Diffusion's."""
+    return pipeline in _KINDS
 
 
 def index_in(folder: Path) -> Path:
     """The index's path. Raises ModelError if the folder has none."""
     path = folder / "model_index.json"
     if not path.is_file():
+        parts = ", ".join(part.folder for part in _STABLE_DIFFUSION.values())
         raise ModelError(
             f"{folder} is a folder without model_index.json, so not a diffusers pipeline. Give the folder that "
-            f"holds {', '.join(PARTS)} (what `save_pretrained` writes), or a single .safetensors checkpoint."
+            f"holds {parts} (what `save_pretrained` writes), or a single .safetensors checkpoint."
         )
     return path
 
@@ -69,27 +81,19 @@ def read_index(path: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", index)
 
 
-def check_index(index: Mapping[str, Any], source: str) -> PipelineKind:
-    """The pipeline's kind. Raises ModelError unless it has that kind's parts."""
-    name, kind = str(index.get("_class_name", "an unnamed pipeline")), kind_of(index)
-    parts = {part: class_of(index, kind, part) for part in kind.folders}
-    lacking = [kind.folders[part] for part, found in parts.items() if found is None]
+def check_index(index: Mapping[str, Any], source: str) -> Parts:
+    """The pipeline's parts. Raises ModelError unless they are those of a kind that lora_kit knows."""
+    kind = str(index.get("_class_name", "an unnamed pipeline"))
+    wanted = parts_of(kind)
+    named = {name: str((index.get(part.folder) or [None, None])[1]) for name, part in wanted.items()}
+    lacking = [wanted[name].folder for name, found in named.items() if found == "None"]
     if lacking or "text_encoder_2" in index:
         detail = f"its model_index.json names no {', no '.join(lacking)}" if lacking else "it has two text encoders"
-        raise ModelError(
-            f"{source} is a {name}: {detail}. Supported so far: Stable Diffusion v1 and v2, text to image, and "
-            f"{', '.join(KINDS)}."
-        )
-    for part, allowed in kind.classes.items():
-        if parts[part] not in allowed:
+        raise ModelError(f"{source} is a {kind}: {detail}. {_SUPPORTED}")
+    for name, part in wanted.items():
+        if part.classes and named[name] not in part.classes:
+            allowed = " and ".join(part.classes)
             raise ModelError(
-                f"{source} is a {name} whose {kind.folders[part]} is a {parts[part]}; supported so far: "
-                f"{' and '.join(allowed)}."
+                f"{source} is a {kind} whose {part.folder} is a {named[name]}; supported so far: {allowed}."
             )
-    return kind
-
-
-def class_of(index: Mapping[str, Any], kind: PipelineKind, part: str) -> str | None:
-    """The class that the index names for a part (`AutoencoderKL`), or None."""
-    entry: Any = index.get(kind.folders[part]) or [None, None]
-    return None if entry[1] is None else str(entry[1])
+    return {name: Part(part.folder, (named[name],)) for name, part in wanted.items()}

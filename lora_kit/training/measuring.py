@@ -148,7 +148,7 @@ def _losses(run: Run, measured: MeasuredSet | None) -> Losses:
 
 def _drift_reference(run: Run) -> DriftReference | None:
     section, bundle = run.recipe.validation, run.bundle
-    prompts = drift_prompts(section)
+    prompts = drift_prompts(section) if bundle.has_text else []
     if not prompts:
         return None
     settings = settings_of(run, min(STEPS, section.steps))
