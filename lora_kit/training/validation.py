@@ -14,6 +14,7 @@ from lora_kit.training.figures import mean_saturation, retrieval
 from lora_kit.training.folder import RunFolder
 from lora_kit.training.measuring import Base, Measured, measure
 from lora_kit.training.metrics import Metrics
+from lora_kit.training.restoring import final_restoring, restores, restoring_figures
 from lora_kit.training.verdict import reason_to_stop, verdict
 
 
@@ -23,6 +24,9 @@ def validate(run: Run, folder: RunFolder, metrics: Metrics, step: int, base: Bas
         if run.recipe.validation.prompts:
             draw_step(run, folder, metrics, step)
         measured = measure(run, base, is_base=step == 0 and run.start is None)
+        if restores(run):
+            found = restoring_figures(run, folder, metrics, step)
+            measured = measured._replace(figures=measured.figures | found)
     if measured.figures:
         metrics.log(step, measured.figures)
     metrics.restart_clock(step)
@@ -44,6 +48,8 @@ def finish(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress, st
     with run.average.applied():
         if section.prompts:
             draw_final(run, folder, metrics, [int(entry["step"]) for entry in progress.history])
+        if restores(run):
+            result |= final_restoring(run, folder, metrics, step)
         if section.retrieval:
             result |= _style_and_subject(run, folder)
     write_text(folder.root / "result.json", json.dumps(result, indent=1) + "\n")
