@@ -36,11 +36,8 @@ class Family(Protocol):
     """Whether what is drawn is to be the picture that `beside` was made of: PSNR and SSIM tell how near it comes."""
     pipeline_name: str
     """The class of diffusers that draws with it."""
-
-    @property
-    def fills_masks(self) -> bool:
-        """Whether the data's masks say what is to be filled, which `beside` is told, not what counts in the loss."""
-        ...
+    fills_masks: bool
+    """Whether the data's masks say what is to be filled, which `beside` is told, not what counts in the loss."""
 
     def for_recipe(self, recipe: Recipe) -> Family:
         """The family as the recipe's section about it says. Raises RecipeError for what it cannot do."""

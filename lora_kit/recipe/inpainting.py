@@ -71,9 +71,7 @@ def inpainting_problems(recipe: Recipe) -> Iterator[Problem]:
         return
     place = ("inpainting", "masks")
     if not any(_has_mask_files(source) for source in recipe.data.sources):
-        said = (
-            "`data` needs mask files: give a source a `mask_folder`, `mask_suffix` or `mask_column`, or write `drawn`."
-        )
+        said = "`data` needs mask files: give a source a `mask_folder`, `mask_suffix` or `mask_column`; or use `drawn`."
         yield Problem(place, said)
     if _transparent(recipe):
         said = "`data` beside `alpha: mask`: the one says what is filled, the other what counts in the loss; keep one."
