@@ -111,6 +111,8 @@ class SuperResolution:
         """The low-resolution pictures [b, 3, h, w] in -1..1. Raises RecipeError where there are none."""
         if inputs is None:
             raise RecipeError(f"{bundle.source} enlarges pictures: give it one (`--image FILE`).")
+        if any(one.mask is not None for one in inputs):
+            raise RecipeError(f"{bundle.source} enlarges pictures and takes no mask: leave it out.")
         return image_pixels(inputs).to(bundle.device)
 
     def drawn_size(self, bundle: ModelBundle, picture: tuple[int, int]) -> tuple[int, int]:
