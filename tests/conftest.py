@@ -17,6 +17,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from small_super_resolution import small_super_resolution
 from small_tokenizers import SUBJECTS, small_tokenizer
 
 from lora_kit.models import ModelBundle, load_bundle
@@ -168,3 +169,11 @@ def make_picture_folder() -> Callable[..., Path]:
 def picture_folder(tmp_path_factory: pytest.TempPathFactory, make_picture_folder: Callable[..., Path]) -> Path:
     """Eight captioned pictures of 40 × 48 pixels. Read-only by convention."""
     return make_picture_folder(tmp_path_factory.mktemp("pictures") / "eight")
+
+
+@pytest.fixture(scope="session")
+def tiny_super_resolution_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random LDM super-resolution model, as tiny_sd1_folder: no text, pictures four times enlarged."""
+    folder = tmp_path_factory.mktemp("bases") / "tiny-super-resolution"
+    small_super_resolution().save_pretrained(folder)
+    return folder
