@@ -14,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from lora_kit.cli.options import AdapterOption, DtypeName, parse_size, torch_dtype
 from lora_kit.files import write_atomically
 from lora_kit.inference import Prepared, SamplingSettings, default_settings, prepare
+from lora_kit.inference.starts import Inputs
 
 
 def open_base(
@@ -26,10 +27,14 @@ def open_base(
     return prepared
 
 
-def settings_for(prepared: Prepared, size: str | None, asked: SamplingSettings) -> SamplingSettings:
-    """`asked`, in `size` or in the size the base was made for."""
-    default = default_settings(prepared.bundle)
-    width, height = parse_size(size) if size else (default.width, default.height)
+def settings_for(
+    prepared: Prepared, size: str | None, asked: SamplingSettings, inputs: Inputs = None
+) -> SamplingSettings:
+    """`asked`, in `size`, or in the size that comes of the first input, or in the size the base was made for."""
+    bundle = prepared.bundle
+    default = default_settings(bundle)
+    own = bundle.family.drawn_size(bundle, inputs[0].image.size) if inputs else (default.width, default.height)
+    width, height = parse_size(size) if size else own
     return replace(asked, width=width, height=height)
 
 
@@ -63,6 +68,7 @@ def facts_of(base: str, settings: SamplingSettings, rules: Sequence[str] = ()) -
         "steps": str(settings.steps),
         "guidance": f"{settings.guidance:g}",
         "sampler": settings.sampler,
+        **({"eta": f"{settings.eta:g}"} if settings.eta else {}),
         "size": f"{settings.width}x{settings.height}",
         "long_prompts": settings.long_prompts,
         **({"scale_rules": json.dumps(rules)} if rules else {}),

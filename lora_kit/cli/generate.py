@@ -20,6 +20,14 @@ from lora_kit.cli.options import (
     refuse_existing,
     scale_rules,
 )
+from lora_kit.cli.picture_options import (
+    ETA_HELP,
+    IMAGE_HELP,
+    MASK_HELP,
+    SAMPLER_HELP,
+    STRENGTH_HELP,
+    picture_options,
+)
 
 
 def command(
@@ -35,7 +43,11 @@ def command(
     steps: Annotated[int, typer.Option(min=1, help="Sampler steps.")] = 25,
     guidance: Annotated[float, typer.Option(min=0, help="Classifier-free guidance; 1 or less turns it off.")] = 7.5,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels. Default: the base's own.")] = None,
-    sampler: Annotated[str, typer.Option(help="ddim, dpm++, euler or pndm.")] = "ddim",
+    sampler: Annotated[str, typer.Option(help=SAMPLER_HELP)] = "ddim",
+    eta: Annotated[float, typer.Option(min=0, max=1, help=ETA_HELP)] = 0.0,
+    image: Annotated[list[Path] | None, typer.Option(help=IMAGE_HELP)] = None,
+    mask: Annotated[list[Path] | None, typer.Option(help=MASK_HELP)] = None,
+    strength: Annotated[float | None, typer.Option(help=STRENGTH_HELP)] = None,
     long_prompts: Annotated[LongPrompts, typer.Option(help=LONG_PROMPTS_HELP)] = "cut",
     dtype: Annotated[DtypeName | None, typer.Option(help="Default: fp16 on a GPU, else fp32.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures that are there.")] = False,
@@ -44,29 +56,39 @@ def command(
     adapters, rules = [parse_adapter(text) for text in adapter or []], scale_rules(scale, block_weights)
     if size:
         parse_size(size)  # a typo is answered before anything is loaded
+    pictures = picture_options(image, mask, strength, len(prompt))
     seeds = list(range(seed, seed + count))
     paths = [out / f"{index:03d}_{slug(text)}_seed{one}.png" for index, text in enumerate(prompt) for one in seeds]
     refuse_existing(paths, overwrite)
 
     from lora_kit.cli.drawing import facts_of, open_base, save_png, settings_for, warn_of_long_prompts
     from lora_kit.inference import SamplingSettings, generate
+    from lora_kit.inference.reading import read_inputs
     from lora_kit.progress import progress
 
     asked = SamplingSettings(
-        steps=steps, guidance=guidance, negative_prompt=negative, sampler=sampler, long_prompts=long_prompts
+        steps=steps,
+        guidance=guidance,
+        negative_prompt=negative,
+        sampler=sampler,
+        eta=eta,
+        strength=strength,
+        long_prompts=long_prompts,
     )
+    inputs = read_inputs(pictures.images, pictures.masks) if pictures.images else None
     prepared = open_base(base, adapters, dtype, rules)
-    settings = settings_for(prepared, size, asked)
+    settings = settings_for(prepared, size, asked, inputs)
     warn_of_long_prompts(prepared, [*prompt, negative], settings)
     scales = [option.scale for option in adapters]
     used = json.dumps([{"file": option.path.name, "scale": option.scale} for option in adapters])
-    pictures = generate(prepared, prompt, seeds, scales, settings, progress)
-    for picture, path in zip(pictures, paths, strict=True):
+    drawn = generate(prepared, prompt, seeds, scales, settings, progress, inputs)
+    for picture, path in zip(drawn, paths, strict=True):
         facts = {
             "prompt": picture.prompt,
             "seed": str(picture.seed),
             "adapters": used,
             **facts_of(base, settings, rules),
+            **pictures.facts(),
         }
         save_png(picture.image, path, facts)
         typer.echo(str(path))
