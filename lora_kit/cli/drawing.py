@@ -12,8 +12,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from lora_kit.cli.options import AdapterOption, DtypeName, parse_size, torch_dtype
+from lora_kit.errors import RecipeError
 from lora_kit.files import write_atomically
 from lora_kit.inference import Prepared, SamplingSettings, default_settings, prepare
+from lora_kit.inference.sampling import check_prompts
 from lora_kit.inference.starts import Inputs
 
 
@@ -25,6 +27,16 @@ def open_base(
     for warning in prepared.warnings:
         typer.echo(f"warning: {warning}", err=True)
     return prepared
+
+
+def fitted_inputs(prepared: Prepared, prompt: Sequence[str] | None, inputs: Inputs) -> Inputs:
+    """The pictures as the base takes them. Raises RecipeError for those it cannot take, and where it needs a prompt."""
+    bundle = prepared.bundle
+    if bundle.has_text and not prompt:
+        raise RecipeError(f"{bundle.source} reads text: say what to draw with --prompt (an empty one is --prompt '')")
+    if prompt:
+        check_prompts(bundle, prompt)
+    return None if inputs is None else [bundle.family.fitted_input(bundle, one) for one in inputs]
 
 
 def settings_for(

@@ -104,7 +104,9 @@ def check_prompts(bundle: ModelBundle, prompts: Sequence[str]) -> None:
     """Raise RecipeError for a prompt to a base that reads no text."""
     asked = next((prompt for prompt in prompts if prompt), "")
     if asked and not bundle.has_text:
-        raise RecipeError(f"{bundle.source} reads no text, and got the prompt {asked!r}; give it a picture alone")
+        raise RecipeError(
+            f"{bundle.source} reads no text, and got the prompt {asked!r}; give it a picture alone (--image)"
+        )
 
 
 def fitting_batch_size(settings: SamplingSettings) -> int:

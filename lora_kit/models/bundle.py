@@ -111,6 +111,13 @@ class Family(Protocol):
         """
         ...
 
+    def fitted_input(self, bundle: ModelBundle, given: PictureInputs) -> PictureInputs:
+        """An input picture as the family's own pipeline of diffusers resizes it, where that does.
+
+        Raises RecipeError for one that it cannot take.
+        """
+        ...
+
     def drawn_size(self, bundle: ModelBundle, picture: tuple[int, int]) -> tuple[int, int]:
         """Width and height of what is drawn from an input picture of this width and height, pixels.
 
