@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, model_validator
 
 from lora_kit.errors import RecipeError
-from lora_kit.recipe.base import AtLeast0, Fraction, Positive, Problem, Section, refuse
+from lora_kit.recipe.base import AtLeast0, Fraction, NonNegative, Positive, Problem, Section, refuse
 
 if TYPE_CHECKING:
     from lora_kit.recipe.sections import Recipe
@@ -55,6 +55,9 @@ class InpaintingSection(Section):
     """The longest."""
     stroke_width: Share = 0.2
     """Greatest width of a stroke as a part of the picture's shorter side; the least is a quarter of it."""
+    shown: NonNegative = 8
+    """Held-out pictures that are filled at each validation (samples/filled-….png), each with a mask that stays the
+    same and never covers all of it. Prompts of `validation.prompts` are drawn with everything masked."""
 
     @model_validator(mode="after")
     def _agrees(self) -> InpaintingSection:

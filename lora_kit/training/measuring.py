@@ -77,6 +77,8 @@ def measured_with(run: Run) -> str:
     parts.append(run.recipe.objective.model_dump(mode="json"))
     if run.recipe.degradation is not None:
         parts.append(run.recipe.degradation.model_dump(mode="json"))
+    if run.recipe.inpainting is not None:  # it makes the held-out pictures' masks, too
+        parts.append(run.recipe.inpainting.model_dump(mode="json", exclude={"shown"}))
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
