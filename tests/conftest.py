@@ -19,6 +19,7 @@ import torch
 from PIL import Image, ImageDraw
 from small_super_resolution import small_super_resolution
 from small_tokenizers import SUBJECTS, small_tokenizer
+from text2im_samples import small_text2im
 
 from lora_kit.models import ModelBundle, load_bundle
 from lora_kit.recipe import ModelSection
@@ -124,6 +125,14 @@ def tiny_inpainting2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As tiny_inpainting_folder, in v2's shape."""
     folder = tmp_path_factory.mktemp("bases") / "tiny-inpainting2"
     _small_pipeline(2, fills_masks=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_text2im_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As tiny_sd1_folder: a small LDM text-to-image model with LDMBert and a KL first stage."""
+    folder = tmp_path_factory.mktemp("bases") / "tiny-text2im"
+    small_text2im().save_pretrained(folder)
     return folder
 
 

@@ -30,6 +30,7 @@ def command(
     from lora_kit.cli.plan_buckets import bucket_json, bucket_lines, bucket_table
     from lora_kit.cli.plan_facts import memory, steps
     from lora_kit.cli.plan_sources import data_facts, source_json, source_lines, source_table
+    from lora_kit.models.adapter_layouts import layout_for
     from lora_kit.models.outline import read_outline
     from lora_kit.recipe.inpainting import check_inpainting
     from lora_kit.recipe.objective import check_against_base
@@ -45,6 +46,7 @@ def command(
     check_inpainting(loaded, base.family, fills=base.family.endswith("-inpainting"))
     loaded = fitted_to_base(loaded, base.side_step)
     plan = make_plan(loaded.targets, base.tree)
+    layout_for(loaded.save, base.family, plan.methods)
     if loaded.model.adapter:
         from lora_kit.training.start import starting_updates
 

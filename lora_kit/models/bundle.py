@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
+from transformers import BertTokenizer, CLIPTokenizer
 
 from lora_kit.models.picture_inputs import PictureInputs
 from lora_kit.models.unets import UNet
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from lora_kit.recipe import Recipe
 
 FirstStage = AutoencoderKL | VQModel
+Tokenizer = CLIPTokenizer | BertTokenizer
 
 
 class Family(Protocol):

@@ -75,10 +75,10 @@ class StableDiffusion:
         tokens: each chunk is encoded by itself between a start and an end token, and the states follow one another."""
         if long == "cut":
             return list(self._cut(bundle, captions).unbind())
-        chunks = chunk_ids(_tokenizer(bundle), captions, token_limit(bundle))
+        chunks = chunk_ids(_tokenizer(bundle), captions, self.token_limit(bundle))
         device = next(bundle.text_encoder.parameters()).device
         ids = torch.tensor([ids for caption in chunks for ids in caption], device=device)
-        states = bundle.text_encoder(ids).last_hidden_state
+        states = self._states(bundle, ids)
         return [part.flatten(0, 1) for part in states.split([len(caption) for caption in chunks])]
 
     def join_states(self, states: Sequence[Tensor]) -> Tensor | PaddedStates:
@@ -90,16 +90,23 @@ class StableDiffusion:
         tokens: Any = tokenizer(
             captions,
             padding="max_length",
-            max_length=token_limit(bundle),
+            max_length=self.token_limit(bundle),
             truncation=True,
             return_tensors="pt",
         )
         device = next(bundle.text_encoder.parameters()).device
-        return bundle.text_encoder(tokens.input_ids.to(device)).last_hidden_state
+        return self._states(bundle, tokens.input_ids.to(device))
+
+    def _states(self, bundle: ModelBundle, ids: Tensor) -> Tensor:
+        return bundle.text_encoder(ids).last_hidden_state
+
+    def token_limit(self, bundle: ModelBundle) -> int:
+        """Tokens in a caption, start and end included: 77 for CLIP."""
+        return min(_tokenizer(bundle).model_max_length, bundle.text_encoder.config.max_position_embeddings)
 
     def truncated(self, bundle: ModelBundle, captions: list[str]) -> int:
         """How many captions are longer than the text encoder reads, so that `condition` cuts their end off."""
-        limit = token_limit(bundle)
+        limit = self.token_limit(bundle)
         encoded: Any = _tokenizer(bundle)(captions, truncation=False, verbose=False)
         return sum(len(ids) > limit for ids in encoded.input_ids)
 
@@ -178,11 +185,6 @@ class StableDiffusion2Inpainting(FillsMasks, StableDiffusion):
     """SD 2.x inpainting."""
 
     name = "sd2-inpainting"
-
-
-def token_limit(bundle: ModelBundle) -> int:
-    """Tokens in a caption, start and end included: 77 for CLIP."""
-    return min(_tokenizer(bundle).model_max_length, bundle.text_encoder.config.max_position_embeddings)
 
 
 def recognise(unet: Mapping[str, Any], text_width: int, source: str) -> Family:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from lora_kit.models.bundle import FirstStage
+from lora_kit.models.bundle import FirstStage, Tokenizer
+from lora_kit.models.text_models import TextConfig, TextModel
 from lora_kit.models.unets import UNet
 
 
@@ -16,7 +16,7 @@ class Configs(NamedTuple):
 
     unet: dict[str, Any]
     vae: dict[str, Any]
-    text_encoder: CLIPTextConfig | None
+    text_encoder: TextConfig | None
     """None for a base that reads no text; its `text_encoder` and `tokenizer` below are not asked for."""
     scheduler: dict[str, Any]
 
@@ -36,10 +36,10 @@ class Layout(Protocol):
         """The VAE, held in `dtype`."""
         ...
 
-    def text_encoder(self, dtype: torch.dtype) -> CLIPTextModel:
+    def text_encoder(self, dtype: torch.dtype) -> TextModel:
         """The text encoder, held in `dtype`."""
         ...
 
-    def tokenizer(self) -> CLIPTokenizer:
+    def tokenizer(self) -> Tokenizer:
         """The tokenizer, from the base or from where its owner says."""
         ...

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel
+from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig
 
 from lora_kit.errors import ModelError
 from lora_kit.models import tokenizers
@@ -20,7 +20,9 @@ from lora_kit.models.families import recognise
 from lora_kit.models.first_stage import first_stage_class
 from lora_kit.models.layout import Configs, Layout
 from lora_kit.models.ldm_layout import LdmCheckpoint
+from lora_kit.models.ldm_text2im import recognise_ldm
 from lora_kit.models.super_resolution import recognise_super_resolution
+from lora_kit.models.text_models import TextModel, text_model
 from lora_kit.models.unets import UNet, unet_class
 from lora_kit.recipe.base import PredictionType
 from lora_kit.recipe.sections import ModelSection
@@ -73,7 +75,7 @@ def skeleton(section: ModelSection) -> ModelBundle:
             **_facts(section, configs),
             unet=cast(UNet, unet_class(configs.unet).from_config(configs.unet)),
             vae=cast(FirstStage, first_stage_class(configs.vae, section.base).from_config(configs.vae)),
-            text_encoder=CLIPTextModel(configs.text_encoder) if configs.text_encoder is not None else None,
+            text_encoder=text_model(configs.text_encoder) if configs.text_encoder is not None else None,
             tokenizer=None,
         )
 
@@ -109,12 +111,12 @@ def fresh_unet(configs: Configs, dtype: torch.dtype, seed: int) -> UNet:
     return network.to(dtype)
 
 
-def fresh_text_encoder(configs: Configs, dtype: torch.dtype, seed: int) -> CLIPTextModel:
+def fresh_text_encoder(configs: Configs, dtype: torch.dtype, seed: int) -> TextModel:
     """A text encoder with new weights. The global random state is left as it was."""
     assert configs.text_encoder is not None, "this base reads no text"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 1)
-        network: Any = CLIPTextModel(CLIPTextConfig.from_dict(configs.text_encoder.to_dict()))
+        network: Any = text_model(type(configs.text_encoder).from_dict(configs.text_encoder.to_dict()))
     return network.to(dtype)
 
 
@@ -135,9 +137,12 @@ def _facts(section: ModelSection, configs: Configs) -> dict[str, Any]:
 
 
 def _family(configs: Configs, source: str) -> Family:
-    if configs.text_encoder is None:
+    text = configs.text_encoder
+    if text is None:
         return recognise_super_resolution(configs.unet, configs.vae, source)
-    return recognise(configs.unet, configs.text_encoder.hidden_size, source)
+    if isinstance(text, LDMBertConfig):
+        return recognise_ldm(configs.unet, text, source)
+    return recognise(configs.unet, text.hidden_size, source)
 
 
 def _tiny_folder() -> Path:

@@ -36,9 +36,26 @@ _KINDS: dict[str, Parts] = {
         "vae": Part("vqvae", ("VQModel",)),
         "scheduler": Part("scheduler", ()),
     },
+    "LDMTextToImagePipeline": {
+        "unet": Part("unet", ("UNet2DConditionModel",)),
+        "vae": Part("vqvae", ("AutoencoderKL", "VQModel")),
+        "text_encoder": Part("bert", ("LDMBertModel",)),
+        "tokenizer": Part("tokenizer", ("BertTokenizer", "BertTokenizerFast")),
+        "scheduler": Part("scheduler", ()),
+    },
 }
 """Pipelines of other parts than Stable Diffusion's, by their class."""
-_SUPPORTED = "Supported so far: Stable Diffusion v1 and v2, and latent-diffusion super-resolution."
+_SUPPORTED = "Supported so far: Stable Diffusion v1 and v2, and latent-diffusion text-to-image and super-resolution."
+
+
+def parts_of(pipeline: str) -> Parts:
+    """The parts of a pipeline by its class's name: Stable Diffusion's where nothing else is known of it."""
+    return _KINDS.get(pipeline, _STABLE_DIFFUSION)
+
+
+def is_other(pipeline: str) -> bool:
+    """Whether the pipeline is none of Stable Diffusion's."""
+    return pipeline in _KINDS
 
 
 def index_in(folder: Path) -> Path:
@@ -67,7 +84,7 @@ def read_index(path: Path) -> dict[str, Any]:
 def check_index(index: Mapping[str, Any], source: str) -> Parts:
     """The pipeline's parts. Raises ModelError unless they are those of a kind that lora_kit knows."""
     kind = str(index.get("_class_name", "an unnamed pipeline"))
-    wanted = _KINDS.get(kind, _STABLE_DIFFUSION)
+    wanted = parts_of(kind)
     named = {name: str((index.get(part.folder) or [None, None])[1]) for name, part in wanted.items()}
     lacking = [wanted[name].folder for name, found in named.items() if found == "None"]
     if lacking or "text_encoder_2" in index:
