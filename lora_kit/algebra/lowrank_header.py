@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from lora_kit.adapters.formats.header import tool_version
 from lora_kit.adapters.updates import LoraUpdate, Update
+from lora_kit.models.family_names import PIPELINE_FAMILIES
 
 _BASE_KEYS = (
     "ss_base_model_version",
@@ -56,6 +57,8 @@ def network_facts(updates: Mapping[str, Update]) -> dict[str, str]:
 
 def base_facts(base: str) -> dict[str, str]:
     """What readers are told of a base that is known by its shapes alone (`sd1`, `sd2`); nothing for others."""
+    if base in PIPELINE_FAMILIES.values():
+        return {"lora_kit.family": base}
     if base not in _BASES:
         return {}
     version, architecture = _BASES[base]
