@@ -17,10 +17,11 @@ from lora_kit.files import write_atomically
 from lora_kit.inference import Prepared, SamplingSettings, default_settings, prepare
 from lora_kit.inference.sampling import check_prompts
 from lora_kit.inference.starts import Inputs
+from lora_kit.recipe import ModelSection
 
 
 def open_base(
-    base: str, adapters: Sequence[AdapterOption], dtype: DtypeName | None, rules: Sequence[str] = ()
+    base: ModelSection, adapters: Sequence[AdapterOption], dtype: DtypeName | None, rules: Sequence[str] = ()
 ) -> Prepared:
     """Load the base with the adapters, telling warnings on stderr."""
     prepared = prepare(base, [option.path for option in adapters], torch_dtype(dtype) if dtype else None, rules)

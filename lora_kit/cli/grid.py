@@ -11,9 +11,13 @@ import typer
 from lora_kit.cli.options import (
     BLOCK_WEIGHTS_HELP,
     LONG_PROMPTS_HELP,
+    PREDICTION_HELP,
     SCALE_HELP,
+    TOKENIZER_HELP,
     DtypeName,
     LongPrompts,
+    PredictionName,
+    base_section,
     parse_adapter,
     parse_numbers,
     parse_seeds,
@@ -53,6 +57,8 @@ def command(
     mask: Annotated[list[Path] | None, typer.Option(help=MASK_HELP)] = None,
     strength: Annotated[float | None, typer.Option(help=STRENGTH_HELP)] = None,
     long_prompts: Annotated[LongPrompts, typer.Option(help=LONG_PROMPTS_HELP)] = "cut",
+    prediction_type: Annotated[PredictionName | None, typer.Option(help=PREDICTION_HELP)] = None,
+    tokenizer: Annotated[str | None, typer.Option(help=TOKENIZER_HELP)] = None,
     dtype: Annotated[DtypeName | None, typer.Option(help="Default: fp16 on a GPU, else fp32.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a picture that is there.")] = False,
 ) -> None:
@@ -83,7 +89,7 @@ def command(
         long_prompts=long_prompts,
     )
     inputs = read_inputs(pictures.images, pictures.masks) if pictures.images else None
-    prepared = open_base(base, adapters, dtype, rules)
+    prepared = open_base(base_section(base, prediction_type, tokenizer), adapters, dtype, rules)
     inputs = fitted_inputs(prepared, prompt, inputs)
     settings = settings_for(prepared, size, asked, inputs)
     warn_of_long_prompts(prepared, [*prompts, negative], settings)
@@ -92,6 +98,7 @@ def command(
         "prompts": json.dumps(prompts, ensure_ascii=False),
         "seeds": seeds,
         "scales": scales,
+        "prediction_type": prepared.bundle.prediction_type,
         "adapters": json.dumps([option.path.name for option in adapters]),
     }
     save_png(sheet, out, facts | facts_of(base, settings, rules) | pictures.facts())

@@ -28,10 +28,6 @@ WITHOUT_ZERO_SNR = ("heun", "pndm")
 WITHOUT_CLEAN_LATENTS = ("euler-a", "heun", "pndm")
 """What diffusers' classes do not know."""
 
-ZERO_TERMINAL_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-"""What a sampler's config has for a network trained with zero terminal SNR: the rescaled schedule (Lin et al. 2023,
-section 3.1), and steps that begin at its last timestep (section 3.3)."""
-
 # Where the base's config is silent: SD's own values. Clipping is for pixels in -1..1; latents go beyond.
 _LATENT_DEFAULTS = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "skip_prk_steps": True}
 

@@ -13,7 +13,8 @@ from lora_kit.errors import ModelError
 from lora_kit.inference import SamplingSettings, draw
 from lora_kit.inference.schedules import follow_schedules
 from lora_kit.models import scheduler_named
-from lora_kit.models.pipelines import SCHEDULERS, WITHOUT_CLEAN_LATENTS, WITHOUT_ZERO_SNR, ZERO_TERMINAL_SNR
+from lora_kit.models.pipelines import SCHEDULERS, WITHOUT_CLEAN_LATENTS, WITHOUT_ZERO_SNR
+from lora_kit.models.schedules import ZERO_TERMINAL_SNR
 
 ZERO = {"lora_kit.scheduler": json.dumps({"prediction_type": "v_prediction", **ZERO_TERMINAL_SNR})}
 SMALL = SamplingSettings(steps=4, guidance=1.0, width=16, height=16)
