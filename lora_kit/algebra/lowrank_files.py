@@ -11,6 +11,7 @@ from lora_kit.adapters.formats.family import family_of
 from lora_kit.adapters.io import RawAdapter, fitted, read_raw
 from lora_kit.adapters.state import AdapterState
 from lora_kit.errors import AdapterFileError
+from lora_kit.merging.other_family import fitted_to
 from lora_kit.models.known_trees import known_trees
 from lora_kit.models.outline import read_outline
 from lora_kit.recipe import ModelSection
@@ -63,7 +64,7 @@ def fitting_base(path: Path, raw: RawAdapter, base: str | None = None) -> tuple[
         errors[name] = state
     nearest = min(errors, key=lambda name: str(errors[name]).count("\n"))
     if base is not None:
-        raise errors[nearest]
+        fitted_to(path, raw, {module.name: module for module in trees[base]}, base)  # names both families
     raise AdapterFileError(
         f"{errors[nearest]}\n(tried {', '.join(trees)}; this is what {nearest} says. --base names another base)"
     )
@@ -84,7 +85,8 @@ def file_hash(path: Path) -> str:
 
 
 def _tree(base: str) -> list[ModuleInfo]:
-    return read_outline(ModelSection(base=base)).tree
+    # What the network predicts does not matter here, and a single file may not say it.
+    return read_outline(ModelSection(base=base, prediction_type="epsilon")).tree
 
 
 def _likely(raws: Sequence[RawAdapter], trees: Trees) -> list[str]:

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from lora_kit.adapters.formats.header import tool_version
+from lora_kit.adapters.formats.header import INPAINTING, tool_version
 from lora_kit.adapters.updates import LoraUpdate, Update
 from lora_kit.models.family_names import PIPELINE_FAMILIES
 
@@ -20,6 +20,8 @@ _BASE_KEYS = (
     "modelspec.resolution",
     "lora_kit.family",
     "lora_kit.base_hash",
+    "lora_kit.scheduler",
+    "ss_zero_terminal_snr",
 )
 _STALE = ("lora_kit.plan", "sshs_model_hash", "sshs_legacy_hash", "lora_adapter_metadata", "ss_network_args")
 """Facts of the old ranks: the file written has others, and would be misread by them."""
@@ -56,10 +58,12 @@ def network_facts(updates: Mapping[str, Update]) -> dict[str, str]:
 
 
 def base_facts(base: str) -> dict[str, str]:
-    """What readers are told of a base that is known by its shapes alone (`sd1`, `sd2`); nothing for others."""
+    """What readers are told of a base that is known by its shapes alone (`sd1`, `sd2-inpainting`); or nothing."""
     if base in PIPELINE_FAMILIES.values():
         return {"lora_kit.family": base}
-    if base not in _BASES:
+    generation = base.removesuffix(INPAINTING)
+    if generation not in _BASES:
         return {}
-    version, architecture = _BASES[base]
-    return {"ss_base_model_version": version, "ss_v2": str(base == "sd2"), "modelspec.architecture": architecture}
+    version, architecture = _BASES[generation]
+    told = {"ss_base_model_version": version, "ss_v2": str(generation == "sd2"), "modelspec.architecture": architecture}
+    return told if base == generation else told | {"lora_kit.family": base}

@@ -112,10 +112,14 @@ def _refusal(to: str, problems: dict[str, str]) -> str:
 
 def _weights(base: str) -> WeightOf:
     """The base's own weights by module name."""
-    from lora_kit.models import load_bundle
+    import torch
+
+    from lora_kit.models.loading import open_layout
     from lora_kit.recipe import ModelSection
 
-    components = load_bundle(ModelSection(base=base)).components
+    # Neither the tokenizer nor what the network predicts matters here, and a single file may say neither.
+    with open_layout(ModelSection(base=base, prediction_type="epsilon")) as layout:
+        components = {"unet": layout.unet(torch.float32), "text_encoder": layout.text_encoder(torch.float32)}
 
     def weight_of(name: str) -> torch.Tensor:
         component, _, inner = name.partition(".")

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lora_kit.adapters import AdapterState, apply_scales, family_of, load_adapter, read_adapter
+from lora_kit.adapters import AdapterState, apply_scales, family_of, load_adapter, read_raw
+from lora_kit.adapters.state import adaptable_modules
 from lora_kit.inference.sampling import SamplingSettings
-from lora_kit.inference.schedules import follow_schedules
+from lora_kit.inference.schedules import follow_schedules, settle_prediction
+from lora_kit.merging.other_family import fitted_to
 from lora_kit.models import ModelBundle, base_hash, load_bundle
 from lora_kit.models.first_stage import vae_factor
 from lora_kit.recipe import ModelSection
@@ -29,7 +31,9 @@ class Prepared(NamedTuple):
     """Adapted module → what every adapter's strength is multiplied by there."""
 
 
-def prepare(base: str, files: Sequence[Path], dtype: torch.dtype | None = None, rules: Sequence[str] = ()) -> Prepared:
+def prepare(
+    base: str | ModelSection, files: Sequence[Path], dtype: torch.dtype | None = None, rules: Sequence[str] = ()
+) -> Prepared:
     """Load `base` and put the adapter files' layers in, all at strength 1 until `scale_adapters`.
 
     On the GPU if there is one. `dtype` None: fp16 on a GPU, fp32 on a CPU; the VAE is fp32 always (SD's overflows in
@@ -39,9 +43,14 @@ def prepare(base: str, files: Sequence[Path], dtype: torch.dtype | None = None, 
     AdapterFileError, or RecipeError for a rule that is wrong or matches no adapted module.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    bundle = load_bundle(ModelSection(base=base), dtype or (torch.float16 if device == "cuda" else torch.float32))
-    states = [read_adapter(path, bundle.components) for path in files]
-    warnings = _mismatches(files, states, bundle)
+    raws = [read_raw(path) for path in files]
+    section = ModelSection(base=base) if isinstance(base, str) else base
+    section, warnings = settle_prediction(section, files, [raw.metadata for raw in raws])
+    bundle = load_bundle(section, dtype or (torch.float16 if device == "cuda" else torch.float32))
+    modules = adaptable_modules(bundle.components)
+    called, family = section.base, bundle.family.name
+    states = [fitted_to(path, raw, modules, called, family) for path, raw in zip(files, raws, strict=True)]
+    warnings += _mismatches(files, states, bundle)
     shares = _shares(bundle, states, rules)
     warnings += follow_schedules(bundle, files, [state.metadata for state in states])
     for network in bundle.networks:

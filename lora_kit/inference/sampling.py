@@ -74,6 +74,7 @@ def draw(
     if len(prompts) != len(seeds):
         raise RecipeError(f"got {len(prompts)} prompts and {len(seeds)} seeds; one seed belongs to each prompt")
     _check(bundle, settings, inputs)
+    check_prompts(bundle, [*prompts, settings.negative_prompt])
     check_inputs(bundle, inputs, len(prompts), (settings.width, settings.height))
     size = batch_size or fitting_batch_size(settings)
     starts = range(0, len(prompts), size)
@@ -97,6 +98,15 @@ def sample_latents(
     with evaluating(*bundle.components.values()), torch.no_grad():
         parts = [_denoise(bundle, prompts[at : at + size], seeds[at : at + size], settings) for at in starts]
     return torch.cat(parts)
+
+
+def check_prompts(bundle: ModelBundle, prompts: Sequence[str]) -> None:
+    """Raise RecipeError for a prompt to a base that reads no text."""
+    asked = next((prompt for prompt in prompts if prompt), "")
+    if asked and not bundle.has_text:
+        raise RecipeError(
+            f"{bundle.source} reads no text, and got the prompt {asked!r}; give it a picture alone (--image)"
+        )
 
 
 def fitting_batch_size(settings: SamplingSettings) -> int:
@@ -131,12 +141,16 @@ def _check(bundle: ModelBundle, settings: SamplingSettings, inputs: Inputs = Non
         raise RecipeError(f"eta: got {settings.eta:g}, allowed: 0 to 1")
     if settings.strength is not None and inputs is None:
         raise RecipeError(f"strength: got {settings.strength:g}, which is about an input picture, and there is none")
-    if inputs is not None and (problem := strength_problem(settings.steps, _strength(settings, inputs))):
+    if settings.strength is not None and not bundle.family.begins_at_picture:
+        raise RecipeError(
+            f"strength: got {settings.strength:g}, but this base draws from noise beside the picture; leave it out"
+        )
+    if inputs is not None and (problem := strength_problem(settings.steps, _strength(bundle, settings, inputs))):
         raise RecipeError(f"strength: {problem}")
 
 
-def _strength(settings: SamplingSettings, inputs: Inputs) -> float:
-    return default_strength(inputs) if settings.strength is None else settings.strength
+def _strength(bundle: ModelBundle, settings: SamplingSettings, inputs: Inputs) -> float:
+    return default_strength(bundle, inputs) if settings.strength is None else settings.strength
 
 
 def _denoise(
@@ -156,7 +170,7 @@ def _denoise(
     captions = [settings.negative_prompt] * len(prompts) * guided + list(prompts)
     condition = bundle.family.condition(bundle, captions, settings.long_prompts)
     shape = _shape(bundle, len(prompts), settings)
-    begun = start(bundle, scheduler, inputs, _strength(settings, inputs), shape, generators)
+    begun = start(bundle, scheduler, inputs, _strength(bundle, settings, inputs), shape, generators)
     latents, timesteps = begun.latents, begun.timesteps
     beside = None if begun.beside is None else torch.cat([begun.beside] * (1 + guided))
     for index, timestep in enumerate(timesteps):

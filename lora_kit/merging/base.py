@@ -13,9 +13,9 @@ from lora_kit.models.checkpoint_file import SUFFIXES
 from lora_kit.models.family_names import PIPELINE_FAMILIES
 from lora_kit.models.ldm_marks import recognise
 from lora_kit.models.pipeline_index import check_index, index_in, read_index
+from lora_kit.models.tree_family import family_of_tree
 
 COMPONENTS = ("unet", "text_encoder")
-_FAMILIES = {768: "sd1", 1024: "sd2"}
 
 
 class Base(NamedTuple):
@@ -36,14 +36,8 @@ class Base(NamedTuple):
 
     @property
     def family(self) -> str | None:
-        """The pipeline's, else `sd1` or `sd2` by the width of the text states that the UNet attends to; None for any
-        other width."""
-        if self.named_family is not None:
-            return self.named_family
-        for name, module in self.places.modules.items():
-            if name.startswith("unet.") and name.endswith("attn2.to_k"):
-                return _FAMILIES.get(module.shape[1])
-        return None
+        """The pipeline's, else `sd1`, `sd2` …, by the modules; None for a network of no known family."""
+        return self.named_family or family_of_tree(self.places.modules)
 
     def component_of(self, file: int, key: str) -> str | None:
         """`unet`, `text_encoder`, or None for a tensor of neither."""

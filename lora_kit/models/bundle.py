@@ -38,11 +38,8 @@ class Family(Protocol):
     """Whether what is drawn is to be the picture that `beside` was made of: PSNR and SSIM tell how near it comes."""
     pipeline_name: str
     """The class of diffusers that draws with it."""
-
-    @property
-    def fills_masks(self) -> bool:
-        """Whether the data's masks say what is to be filled, which `beside` is told, not what counts in the loss."""
-        ...
+    fills_masks: bool
+    """Whether the data's masks say what is to be filled, which `beside` is told, not what counts in the loss."""
 
     def for_recipe(self, recipe: Recipe) -> Family:
         """The family as the recipe's section about it says. Raises RecipeError for what it cannot do."""
@@ -113,6 +110,13 @@ class Family(Protocol):
 
         inputs: of each picture to be drawn; None: drawn from the prompt alone. latents: their shape [b, c, h, w].
         Raises RecipeError where the network needs an input that is not given.
+        """
+        ...
+
+    def fitted_input(self, bundle: ModelBundle, given: PictureInputs) -> PictureInputs:
+        """An input picture as the family's own pipeline of diffusers resizes it, where that does.
+
+        Raises RecipeError for one that it cannot take.
         """
         ...
 

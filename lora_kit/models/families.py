@@ -147,6 +147,10 @@ class StableDiffusion:
         """Nothing: the UNet takes z_t alone."""
         return None
 
+    def fitted_input(self, bundle: ModelBundle, given: PictureInputs) -> PictureInputs:
+        """As it is."""
+        return given
+
     def drawn_size(self, bundle: ModelBundle, picture: tuple[int, int]) -> tuple[int, int]:
         """The picture's own size, whose sides must be multiples of the VAE's factor."""
         factor = first_stage.vae_factor(bundle)

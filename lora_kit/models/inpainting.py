@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lora_kit.models.bundle import Family, ModelBundle
 from lora_kit.models.first_stage import vae_factor
 from lora_kit.models.masks import mask_for
-from lora_kit.models.picture_inputs import PictureInputs, image_pixels, mask_pixels
+from lora_kit.models.picture_inputs import PictureInputs, image_pixels, mask_pixels, picture_inputs
 from lora_kit.recipe.inpainting import InpaintingSection, check_inpainting
 
 if TYPE_CHECKING:
@@ -69,6 +69,12 @@ class FillsMasks:
         else:
             pixels, masks = image_pixels(inputs), mask_pixels(inputs)
         return mask_and_picture(bundle, pixels.to(bundle.device), masks.to(bundle.device), generators)
+
+    def part_of(self, pixels: Tensor, hole: Tensor | None, chance: torch.Generator) -> PictureInputs:
+        """A picture [3, H, W] in -1..1 and a part to be filled, to look at: as in training, but never all of it."""
+        partly = self.section.model_copy(update={"whole": 0.0})
+        mask = mask_for(partly, hole, (pixels.shape[-2], pixels.shape[-1]), chance)
+        return picture_inputs(pixels, mask)
 
 
 def mask_and_picture(

@@ -51,7 +51,7 @@ def known_tree(family: str) -> list[ModuleInfo]:
 def known_trees() -> dict[str, tuple[ModuleInfo, ...]]:
     """Name of a base → its `known_tree`; inpainting, `tiny` and LDM text-to-image too; the commonest first."""
     plain = {family: tuple(known_tree(family)) for family in KNOWN_FAMILIES}
-    inpainting = {f"{family} inpainting": tuple(_tree(family, _INPAINTING)) for family in KNOWN_FAMILIES}
+    inpainting = {f"{family}-inpainting": tuple(_tree(family, _INPAINTING)) for family in KNOWN_FAMILIES}
     tiny = {"tiny": tuple(read_outline(ModelSection(base="tiny")).tree)}
     return plain | inpainting | tiny | {LDM_TEXT2IM: (*unet_tree(_UNET | _LDM_TEXT2IM), *ldm_bert_tree({}))}
 

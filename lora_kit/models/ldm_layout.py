@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lora_kit.errors import ModelError
-from lora_kit.models import ldm_configs, tokenizers
+from lora_kit.models import ldm_configs, ldm_prediction, tokenizers
 from lora_kit.models.checkpoint_file import CheckpointFile
 from lora_kit.models.layout import Configs
 from lora_kit.models.ldm_keys import Claim, claim, is_unused, structure
@@ -69,13 +69,10 @@ class LdmCheckpoint:
         return tokenizers.for_single_file(self._section, pad_with_zero=ldm_configs.is_v2(self._file.shapes))
 
     def _prediction_type(self) -> str:
-        asked = self._section.prediction_type or _prediction_from(self._file.metadata)
-        if asked is None and ldm_configs.is_v2(self._file.shapes):
-            raise ModelError(
-                f"{self._file.path} is a Stable Diffusion v2 checkpoint, and its tensors do not tell what it predicts: "
-                f"set model.prediction_type: epsilon (the 512 base) or v_prediction (the 768 model)."
-            )
-        return asked or "epsilon"
+        path, shapes, metadata, read, _ = self._file
+        if self._section.prediction_type is None and ldm_prediction.is_open(shapes, metadata):
+            raise ldm_prediction.ask(path, shapes, metadata, read)
+        return self._section.prediction_type or ldm_prediction.told_by(metadata) or "epsilon"
 
     def _claimed(self) -> dict[str, Claim]:
         """Name in the file → where it belongs. Raises ModelError for names that nothing explains."""
@@ -119,11 +116,3 @@ def unpacked(tensor: Tensor, found: Claim, prefix: str = "") -> dict[str, Tensor
     if found.form == "pointwise" and tensor.ndim > 2:
         tensor = tensor.reshape(tensor.shape[0], -1)
     return {prefix + found.names[0]: tensor}
-
-
-def _prediction_from(metadata: Mapping[str, str]) -> str | None:
-    """What the header says, by the ModelSpec standard (Stability AI)."""
-    names = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction", "sample": "sample"}
-    said = names.get(metadata.get("modelspec.prediction_type", ""))
-    by_architecture = {"stable-diffusion-v2-768-v": "v_prediction", "stable-diffusion-v2-512": "epsilon"}
-    return said or by_architecture.get(metadata.get("modelspec.architecture", ""))

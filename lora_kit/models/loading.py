@@ -12,7 +12,7 @@ import torch
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig
 
 from lora_kit.errors import ModelError
-from lora_kit.models import tokenizers
+from lora_kit.models import ldm_prediction, tokenizers
 from lora_kit.models.bundle import Family, FirstStage, ModelBundle
 from lora_kit.models.checkpoint_file import SUFFIXES, open_checkpoint
 from lora_kit.models.diffusers_layout import DiffusersBase
@@ -78,6 +78,16 @@ def skeleton(section: ModelSection) -> ModelBundle:
             text_encoder=text_model(configs.text_encoder) if configs.text_encoder is not None else None,
             tokenizer=None,
         )
+
+
+def prediction_is_open(section: ModelSection) -> bool:
+    """Whether loading would ask what the network predicts: neither the section nor a single file's header says it."""
+    path = Path(section.base).expanduser()
+    if section.prediction_type is not None or section.base == TINY or not path.is_file():
+        return False
+    _check_suffix(path)
+    with open_checkpoint(path) as file:
+        return ldm_prediction.is_open(file.shapes, file.metadata)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 
 from safetensors import SafetensorError, safe_open
 
-from lora_kit.models import ldm_configs
+from lora_kit.models import ldm_configs, ldm_prediction
 from lora_kit.models.architecture import UnknownArchitectureError, text_encoder_tree, unet_tree, vae_tree
 from lora_kit.models.family_names import PIPELINE_FAMILIES, family_name, fills_masks
 from lora_kit.models.ldm_bert_tree import MODEL_TYPE, ldm_bert_tree, uncalled_parameters
@@ -33,7 +33,7 @@ class Outline(NamedTuple):
     """Of `unet`, `text_encoder` and `vae`."""
     prediction_type: str | None = None
     """What the scheduler's config says that the network predicts, and below how many timesteps it has; None where they
-    were not read, as of a single file that the outline describes without loading."""
+    are not there to be read."""
     timesteps: int | None = None
     family: str = ""
     """`sd1`, …"""
@@ -83,11 +83,23 @@ def _configs(section: ModelSection) -> _Configs:
 def _schedule(section: ModelSection) -> dict[str, Any]:
     """The outline's facts of a folder's scheduler; nothing where there is none, which loading will tell."""
     path = TINY_FOLDER if section.base == "tiny" else Path(section.base).expanduser()
+    if path.is_file():
+        return _file_schedule(section, path)
     config = path / "scheduler" / "scheduler_config.json"
     if not config.is_file():
         return {}
     read = _read_json(config)
     return {"prediction_type": read.get("prediction_type", "epsilon"), "timesteps": read.get("num_train_timesteps")}
+
+
+def _file_schedule(section: ModelSection, path: Path) -> dict[str, Any]:
+    with cast(Any, safe_open(path, framework="np")) as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        metadata: dict[str, str] = file.metadata() or {}
+    if section.prediction_type is None and ldm_prediction.is_open(shapes, metadata):
+        raise UnknownArchitectureError  # loading asks for it
+    predicts = section.prediction_type or ldm_prediction.told_by(metadata) or "epsilon"
+    return {"prediction_type": predicts, "timesteps": ldm_configs.SCHEDULER["num_train_timesteps"]}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

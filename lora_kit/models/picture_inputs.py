@@ -32,3 +32,9 @@ def mask_pixels(inputs: Sequence[PictureInputs]) -> Tensor:
     masks = [one.mask or Image.new("L", one.image.size, 255) for one in inputs]
     values = np.stack([np.asarray(mask.convert("L"), dtype=np.float32) for mask in masks])
     return (torch.from_numpy(values / np.float32(255)) >= 0.5).float()[:, None]
+
+
+def picture_inputs(pixels: Tensor, mask: Tensor) -> PictureInputs:
+    """The way back: a picture [3, H, W] in -1..1 with its mask [1, H, W] of 0 and 1."""
+    colours = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
+    return PictureInputs(Image.fromarray(colours.cpu().numpy()), Image.fromarray((mask[0] * 255).byte().cpu().numpy()))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from lora_kit.errors import ModelError, RecipeError
@@ -111,7 +113,16 @@ class SuperResolution:
         """The low-resolution pictures [b, 3, h, w] in -1..1. Raises RecipeError where there are none."""
         if inputs is None:
             raise RecipeError(f"{bundle.source} enlarges pictures: give it one (`--image FILE`).")
+        for one in inputs:
+            _refuse_mask(bundle, one)
         return image_pixels(inputs).to(bundle.device)
+
+    def fitted_input(self, bundle: ModelBundle, given: PictureInputs) -> PictureInputs:
+        """Resized to sides that are multiples of 32, by Pillow's Lanczos filter. Raises RecipeError for a picture that
+        is smaller."""
+        _refuse_mask(bundle, given)
+        size = pipeline_picture_size(given.image.size, bundle.source)
+        return replace(given, image=given.image.convert("RGB").resize(size, Image.Resampling.LANCZOS))
 
     def drawn_size(self, bundle: ModelBundle, picture: tuple[int, int]) -> tuple[int, int]:
         """The picture's sides times what the model enlarges by. Raises RecipeError for one that the network cannot
@@ -137,6 +148,11 @@ def recognise_super_resolution(unet: Mapping[str, Any], vae: Mapping[str, Any], 
         raise ModelError(f"{source} is a class-conditional model (its UNet has a class embedding), which is not known.")
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     return SuperResolution(factor * 2 ** (len(unet["block_out_channels"]) - 1))
+
+
+def _refuse_mask(bundle: ModelBundle, given: PictureInputs) -> None:
+    if given.mask is not None:
+        raise RecipeError(f"{bundle.source} enlarges pictures and takes no mask: leave it out.")
 
 
 def pipeline_picture_size(picture: tuple[int, int], source: str) -> tuple[int, int]:

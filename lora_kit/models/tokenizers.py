@@ -104,7 +104,8 @@ def _known(base: str) -> Tokenizer:
     raise ModelError(
         f"{base}: a single-file checkpoint carries no tokenizer, none of {', '.join(name for name, _ in _KNOWN)} is in "
         f"the local cache, and the hub could not be reached for the first. Set model.tokenizer to a folder that holds "
-        f"tokenizer.json (or vocab.json and merges.txt), such as the tokenizer folder of any SD base."
+        f"tokenizer.json (or vocab.json and merges.txt), such as the tokenizer folder of any SD base; for generate and "
+        f"grid that is --tokenizer."
     )
 
 

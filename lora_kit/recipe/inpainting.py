@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, model_validator
 
 from lora_kit.errors import RecipeError
-from lora_kit.recipe.base import AtLeast0, Fraction, Positive, Problem, Section, refuse
+from lora_kit.recipe.base import AtLeast0, Fraction, NonNegative, Positive, Problem, Section, refuse
 
 if TYPE_CHECKING:
     from lora_kit.recipe.sections import Recipe
@@ -55,6 +55,9 @@ class InpaintingSection(Section):
     """The longest."""
     stroke_width: Share = 0.2
     """Greatest width of a stroke as a part of the picture's shorter side; the least is a quarter of it."""
+    shown: NonNegative = 8
+    """Held-out pictures that are filled at each validation (samples/filled-….png), each with a mask that stays the
+    same and never covers all of it. Prompts of `validation.prompts` are drawn with everything masked."""
 
     @model_validator(mode="after")
     def _agrees(self) -> InpaintingSection:
@@ -71,9 +74,7 @@ def inpainting_problems(recipe: Recipe) -> Iterator[Problem]:
         return
     place = ("inpainting", "masks")
     if not any(_has_mask_files(source) for source in recipe.data.sources):
-        said = (
-            "`data` needs mask files: give a source a `mask_folder`, `mask_suffix` or `mask_column`, or write `drawn`."
-        )
+        said = "`data` needs mask files: give a source a `mask_folder`, `mask_suffix` or `mask_column`; or use `drawn`."
         yield Problem(place, said)
     if _transparent(recipe):
         said = "`data` beside `alpha: mask`: the one says what is filled, the other what counts in the loss; keep one."

@@ -80,7 +80,8 @@ class ModelSection(Section):
     """Folder or hub id of the CLIP tokenizer, for a single-file checkpoint (it carries none)."""
     prediction_type: PredictionType | None = None
     """What the network predicts: the noise (`epsilon`), v (`v_prediction`) or the clean latents (`sample`). Default:
-    what the base's scheduler config says."""
+    what the base's scheduler config says, or a single file's header. A single file of SD 2.x whose header says nothing
+    needs it: `epsilon` for the 512 base, `v_prediction` for the 768 model."""
     adapter: PathText | None = None
     """Go on from this adapter, a file of any layout or PEFT's folder: training begins at its weights instead of at
     zero. `targets` must pick its modules with its ranks and alphas. The base that figures compare with is the base

@@ -11,6 +11,8 @@ from lora_kit.recipe.base import Problem, Section, idle
 if TYPE_CHECKING:
     from lora_kit.recipe.sections import DataSection, Recipe
 
+SSIM_WINDOW = 11
+"""Pixels along a side of what `training.likeness.ssim` looks at."""
 _NO_TEXT = "is about text, and this base reads none; remove it."
 _VALIDATION = ("prompts", "negative_prompt", "guidance", "retrieval")
 
@@ -18,7 +20,7 @@ _VALIDATION = ("prompts", "negative_prompt", "guidance", "retrieval")
 def check_super_resolution(recipe: Recipe, side_step: int) -> None:
     """Raise one RecipeError for everything that a super-resolution base cannot do. side_step: what the training
     pictures' sides must be multiples of."""
-    problems = [*_text_problems(recipe), *_size_problems(recipe.data, side_step)]
+    problems = [*_text_problems(recipe), *_size_problems(recipe.data, side_step), *_score_problems(recipe)]
     _refuse(recipe, problems)
 
 
@@ -73,6 +75,14 @@ def _text_problems(recipe: Recipe) -> Iterator[Problem]:
     for index, source in enumerate(data.sources):
         if source.captions is not None:
             yield Problem(("data", "sources", index, "captions"), _NO_TEXT)
+
+
+def _score_problems(recipe: Recipe) -> Iterator[Problem]:
+    section, side = recipe.validation, recipe.data.resolution
+    side = section.source.resolution or side if section.source is not None else side
+    if section.held_out is not None and section.restored and side < SSIM_WINDOW:
+        said = f"held-out pictures have {side} pixels a side, and SSIM looks at {SSIM_WINDOW} at once; set it to 0."
+        yield Problem(("validation", "restored"), said)
 
 
 def _size_problems(data: DataSection, step: int) -> Iterator[Problem]:

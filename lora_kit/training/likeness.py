@@ -9,9 +9,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lora_kit.errors import DataError
+from lora_kit.recipe.without_text import SSIM_WINDOW as WINDOW
 
-WINDOW = 11
-"""Pixels of SSIM's window along a side."""
 _DEVIATION = 1.5
 _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 _LUMA = (0.299, 0.587, 0.114)

@@ -33,7 +33,7 @@ from lora_kit.diffusion import (
 )
 from lora_kit.errors import ModelError
 from lora_kit.models import ModelBundle
-from lora_kit.models.pipelines import ZERO_TERMINAL_SNR
+from lora_kit.models.schedules import ZERO_TERMINAL_SNR
 from lora_kit.recipe import ObjectiveSection
 from lora_kit.recipe.objective import check_against_base, weight_name
 from lora_kit.training.timesteps import drawn_timesteps
