@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 HELD_OUT = "food"
-CODES = 2048
+CODES = 1024
 CHROMA = torch.tensor([[-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])  # Cb, Cr of R, G, B (ITU-R BT.601)
 
 
@@ -45,7 +45,7 @@ def load_pictures(folder: Path) -> tuple[Tensor, Tensor]:
 
 def new_first_stage() -> VQModel:
     return VQModel(
-        block_out_channels=(16, 48, 64),
+        block_out_channels=(16, 32, 48),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=1,
@@ -63,7 +63,7 @@ def new_unet() -> UNet2DModel:
         sample_size=16,
         in_channels=6,
         out_channels=3,
-        block_out_channels=(64, 96, 128),
+        block_out_channels=(48, 64, 96),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
@@ -99,7 +99,7 @@ def train(first_stage: VQModel, pictures: Tensor, steps: int, quantised: bool) -
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rate, total_steps=steps)
     started = time.monotonic()
     for step in range(1, steps + 1):
-        batch = scaled(pictures[torch.randint(len(pictures), (16,), generator=generator)])
+        batch = scaled(pictures[torch.randint(len(pictures), (8,), generator=generator)])
         batch = batch.contiguous(memory_format=torch.channels_last)
         with torch.set_grad_enabled(not quantised):
             latents = first_stage.encode(batch).latents
@@ -177,7 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=Path, default=Path("data/openmoji/color"))
     parser.add_argument("--out", type=Path, default=Path("runs/ldm-superres/fresh"))
-    parser.add_argument("--steps", type=int, default=1600, help="of the autoencoder; the codebook's are a quarter")
+    parser.add_argument("--steps", type=int, default=1200, help="of the autoencoder; the codebook's are a quarter")
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
