@@ -64,12 +64,13 @@ def test_it_opens_with_a_launch_line_of_itself(recipe):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=NAMES)
 def test_it_trains_two_steps_and_the_result_can_be_loaded(
-    recipe, beside_its_pictures, tiny_sd1_folder, tiny_sd2_folder, tmp_path, monkeypatch
+    recipe, beside_its_pictures, tiny_sd1_folder, tiny_sd2_folder, tiny_text2im_folder, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("LORA_KIT_CACHE", str(tmp_path / "cache"))
     copy = beside_its_pictures(recipe)
     as_written = load_recipe(copy)
-    base = tiny_sd2_folder if "2-1" in as_written.model.base else tiny_sd1_folder
+    bases = {"2-1": tiny_sd2_folder, "ldm-text2im": tiny_text2im_folder}
+    base = next((base for mark, base in bases.items() if mark in as_written.model.base), tiny_sd1_folder)
     small = [f"model.base={base}", "data.resolution=16", "data.batch_size=2", "data.workers=0", "train.max_steps=2"]
     small += ["train.mixed_precision=no", "train.log_every=1", "validation.steps=1", "validation.retrieval=false"]
     small += [f"data.cache_dir={tmp_path / 'cache'}", f"output_dir={tmp_path / 'run'}", "schedule.warmup_steps=0"]
