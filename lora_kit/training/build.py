@@ -142,7 +142,8 @@ def build_run(recipe: Recipe, accelerator: Accelerator, resumes: bool = False) -
     plan = make_plan(recipe.targets, tree)
     layout_for(recipe.save, bundle.family.name, plan.methods)  # what cannot be written is refused now
     few_bits = quantised_layers(recipe.model.quantize, tree, plan)
-    start = starting_updates(file, raw, adaptable_modules(bundle.components), plan) if file and raw else None
+    modules, family = adaptable_modules(bundle.components), bundle.family.name
+    start = starting_updates(file, raw, modules, plan, family) if file and raw else None
     hashed = "" if plan.targets[0].method == "full" else base_hash(bundle)
     trains_text = any(target.module.component == "text_encoder" for target in plan.targets)
     bar = progress if accelerator.is_main_process else no_progress
