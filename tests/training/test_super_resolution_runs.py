@@ -205,9 +205,13 @@ def test_what_the_recipe_cannot_ask_is_refused_by_run_and_plan(
     assert caught.value.code == 2
 
 
-def test_degradation_is_refused_for_a_base_with_text(enlarging: Callable[..., Recipe], tiny_sd1_folder: Path) -> None:
+@pytest.mark.parametrize("base", ["tiny_sd1_folder", "tiny_inpainting_folder", "tiny_text2im_folder"])
+def test_degradation_is_refused_for_a_base_with_text(
+    base: str, enlarging: Callable[..., Recipe], request: pytest.FixtureRequest
+) -> None:
+    recipe = enlarging(f"model.base={request.getfixturevalue(base)}", "data.sources.0.caption_fallback=x")
     with pytest.raises(RecipeError, match="degradation: is about super-resolution's low-resolution pictures"):
-        train(enlarging(f"model.base={tiny_sd1_folder}", "save.format=kohya", "data.sources.0.caption_fallback=x"))
+        train(recipe)
 
 
 def test_a_text_base_still_needs_captions(enlarging: Callable[..., Recipe], tiny_sd1_folder: Path) -> None:
