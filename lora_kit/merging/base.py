@@ -10,6 +10,7 @@ from lora_kit.merging.places import Places, checkpoint_places, folder_places
 from lora_kit.merging.stored import WeightFile, open_weights
 from lora_kit.merging.weights import ComponentFiles, component_files
 from lora_kit.models.checkpoint_file import SUFFIXES
+from lora_kit.models.ldm_configs import is_v2
 from lora_kit.models.ldm_marks import recognise
 from lora_kit.models.pipeline_index import check_index, index_in, read_index
 from lora_kit.models.tree_family import family_of_tree
@@ -34,6 +35,8 @@ class Base(NamedTuple):
     @property
     def family(self) -> str | None:
         """`sd1`, `sd2` …, by the modules; None for a network of no known family."""
+        if not self.is_folder and is_v2({key: tensor.shape for key, tensor in self.files[0].tensors.items()}):
+            return "sd2"  # some hold its linear layers as convolutions
         return family_of_tree(self.places.modules)
 
     def component_of(self, file: int, key: str) -> str | None:
