@@ -197,4 +197,6 @@ def small_base(folder: Path, name: str, seed: int = 0) -> Path:
         requires_safety_checker=False,
     )
     pipe.save_pretrained(folder)
+    # Verbatim: diffusers leaves out what its sampler of that name does not know, and other samplers do.
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(published.scheduler, indent=2) + "\n")
     return folder
