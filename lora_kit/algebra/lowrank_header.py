@@ -6,9 +6,10 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from lora_kit.adapters.formats.header import base_names, tool_version
+from lora_kit.adapters.formats.header import INPAINTING, base_names, tool_version
 from lora_kit.adapters.formats.objective_header import modelspec_prediction
 from lora_kit.adapters.updates import LoraUpdate, Update
+from lora_kit.models.family_names import PIPELINE_FAMILIES
 
 _BASE_KEYS = (
     "ss_base_model_version",
@@ -57,13 +58,16 @@ def network_facts(updates: Mapping[str, Update]) -> dict[str, str]:
 
 
 def base_facts(family: str, predicts: str | None) -> dict[str, str]:
-    """What readers are told of a base that is known by its modules (`sd1`, `sd2`), and of what it predicts (None: it
-    does not say, and then its name, which would say it too, is left out); nothing for other families."""
-    if family not in ("sd1", "sd2"):
+    """What readers are told of a base that is known by its modules (`sd1`, `sd2-inpainting`), and of what it predicts
+    (None: it does not say, and then its name, which would say it too, is left out); nothing for unknown ones."""
+    if family in PIPELINE_FAMILIES.values():
+        return {"lora_kit.family": family}
+    generation = family.removesuffix(INPAINTING)
+    if generation not in ("sd1", "sd2"):
         return {}
-    facts = {"ss_v2": str(family == "sd2")}
+    facts = {"ss_v2": str(generation == "sd2")} | ({} if family == generation else {"lora_kit.family": family})
     if predicts is None:
-        return facts | {"modelspec.architecture": f"stable-diffusion-{family.replace('sd', 'v')}/lora"}
-    version, architecture = base_names(family, predicts == "v_prediction")
+        return facts | {"modelspec.architecture": f"stable-diffusion-{generation.replace('sd', 'v')}/lora"}
+    version, architecture = base_names(generation, predicts == "v_prediction")
     prediction = {"modelspec.prediction_type": modelspec_prediction(predicts)}
     return facts | {"ss_base_model_version": version, "modelspec.architecture": architecture} | prediction

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from lora_kit.adapters import AdapterState, apply_scales, family_of, load_adapter, read_raw
 from lora_kit.adapters.state import adaptable_modules
-from lora_kit.inference.sampling import SamplingSettings, vae_factor
+from lora_kit.inference.sampling import SamplingSettings
 from lora_kit.inference.schedules import follow_schedules, settle_prediction
 from lora_kit.merging.other_family import fitted_to
 from lora_kit.models import ModelBundle, base_hash, load_bundle
+from lora_kit.models.first_stage import vae_factor
 from lora_kit.recipe import ModelSection
 from lora_kit.targeting import module_tree
 from lora_kit.targeting.block_scales import check_depth, module_scales
@@ -55,8 +55,7 @@ def prepare(
     warnings += _mismatches(files, states, bundle)
     shares = _shares(bundle, states, rules)
     warnings += follow_schedules(bundle, files, [state.metadata for state in states])
-    networks: list[nn.Module] = [bundle.unet, bundle.text_encoder, bundle.vae]
-    for network in networks:
+    for network in bundle.networks:
         network.to(device)
     names = tuple(f"adapter_{index}" for index in range(len(files)))
     for name, state in zip(names, states, strict=True):

@@ -24,6 +24,8 @@ from lora_kit.recipe.buckets import BucketSection, bucket_problems
 from lora_kit.recipe.cache import CacheSection
 from lora_kit.recipe.captions import CaptionRules, CaptionSection
 from lora_kit.recipe.checks import recipe_problems
+from lora_kit.recipe.degradation import DegradationSection
+from lora_kit.recipe.inpainting import InpaintingSection
 from lora_kit.recipe.objective import ObjectiveSection
 from lora_kit.recipe.optimizer import OptimizerSection
 from lora_kit.recipe.rules import PresetName, PresetRules, TargetItem, TargetRule, Targets
@@ -40,7 +42,9 @@ __all__ = [
     "CaptionRules",
     "CaptionSection",
     "DataSection",
+    "DegradationSection",
     "EarlyStopSection",
+    "InpaintingSection",
     "Method",
     "ModelSection",
     "ObjectiveSection",
@@ -172,9 +176,14 @@ class Recipe(Section):
     """What is trained: one preset, one rule, or a list of both, read in order."""
     data: DataSection
     objective: ObjectiveSection = ObjectiveSection()
+    degradation: DegradationSection | None = None
+    """How a super-resolution model's low-resolution pictures are made. Default: bicubic downscaling; none for other
+    models."""
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
     train: TrainSection = TrainSection()
+    inpainting: InpaintingSection | None = None
+    """Which parts of a picture are to be filled: only for an inpainting base, which without it takes the defaults."""
     save: SaveSection = SaveSection()
     validation: ValidationSection = ValidationSection()
     output_dir: PathText = "runs/default"

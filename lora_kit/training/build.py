@@ -15,8 +15,11 @@ from lora_kit.adapters.state import adaptable_modules
 from lora_kit.data import Flaw, TrainingSet
 from lora_kit.data.records import name_some
 from lora_kit.models import ModelBundle, base_hash, load_bundle
+from lora_kit.models.adapter_layouts import layout_for
+from lora_kit.models.text_models import checkpoint_activations
 from lora_kit.progress import no_progress, progress
 from lora_kit.recipe import Recipe
+from lora_kit.recipe.save import Layout
 from lora_kit.targeting import TargetPlan, make_plan, module_tree
 from lora_kit.targeting.quantised import quantised_layers
 from lora_kit.training.checkpoints import named_trainables
@@ -110,6 +113,11 @@ class Run(NamedTuple):
         return notices
 
     @property
+    def layout(self) -> Layout:
+        """Layout of the adapter's file. Raises RecipeError where the family or the methods have it not."""
+        return layout_for(self.recipe.save, self.bundle.family.name, self.plan.methods)
+
+    @property
     def is_sharded(self) -> bool:
         """Whether the networks' weights are spread over the processes (FSDP)."""
         return sharding_of(self.accelerator) is not None
@@ -128,9 +136,11 @@ def build_run(recipe: Recipe, accelerator: Accelerator, resumes: bool = False) -
     file = Path(recipe.model.adapter) if recipe.model.adapter and not resumes else None
     raw = read_raw(file) if file else None
     bundle = load_bundle(recipe.model, dtype=base_dtype(recipe), seed=recipe.seed)
+    bundle.family = bundle.family.for_recipe(recipe)
     adopt_schedule(recipe.objective, bundle)
     tree = module_tree(bundle.components)
     plan = make_plan(recipe.targets, tree)
+    layout_for(recipe.save, bundle.family.name, plan.methods)  # what cannot be written is refused now
     few_bits = quantised_layers(recipe.model.quantize, tree, plan)
     start = starting_updates(file, raw, adaptable_modules(bundle.components), plan) if file and raw else None
     hashed = "" if plan.targets[0].method == "full" else base_hash(bundle)
@@ -174,7 +184,8 @@ def make_trainable(recipe: Recipe, bundle: ModelBundle, plan: TargetPlan) -> Non
     inject(bundle.components, plan, adapter_name=ADAPTER, seed=recipe.seed)
     if recipe.train.gradient_checkpointing:
         bundle.unet.enable_gradient_checkpointing()
-        bundle.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+        if bundle.has_text:
+            checkpoint_activations(bundle.text_encoder)
     set_training(bundle, True)
 
 

@@ -21,6 +21,7 @@ from lora_kit.adapters import (
 )
 from lora_kit.files import sync_folder, sync_tree
 from lora_kit.models import pipeline
+from lora_kit.models.pipeline_index import parts_of
 from lora_kit.targeting import plan_to_json
 from lora_kit.targeting.rates import rate_of_text_encoder
 from lora_kit.training.build import ADAPTER, Run
@@ -38,7 +39,7 @@ def write_result(run: Run, folder: RunFolder, step: int, beside: bool = False) -
     step: whose weights are in the networks. beside: under the names of the best, next to the last's.
     """
     stem, mark, suffix = ("model", "_", "") if run.is_full else ("adapter", ".", ".safetensors")
-    suffix = "" if run.recipe.save.format == "peft" else suffix
+    suffix = "" if run.layout == "peft" else suffix
     stem = f"{stem}{mark}best" if beside else stem
     names = [(stem, False), *([(f"{stem}{mark}ema", True)] if run.average.is_moving else [])]
     places = [(folder.root / f"{name}{suffix}", average) for name, average in names]
@@ -91,7 +92,7 @@ def _write_adapter(run: Run, path: Path, step: int, weights: str) -> None:
     metadata = training_metadata(training_facts(run, step)) | {"lora_kit.weights": weights}
     if run.quantised is not None:  # the hash is of the true base
         metadata["lora_kit.base_quantized"] = run.quantised.kind
-    write_adapter(path, AdapterState(updates, dict(sorted(metadata.items()))), run.recipe.save.format, _dtype(run))
+    write_adapter(path, AdapterState(updates, dict(sorted(metadata.items()))), run.layout, _dtype(run))
 
 
 def _caption_facts(run: Run) -> CaptionFacts:
@@ -125,11 +126,14 @@ def _write_model(run: Run, path: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     pipe = pipeline(replace(run.bundle, **networks))
     pipe.to(dtype=_dtype(run))
-    # As read: not with the padding of the last batch.
-    pipe.tokenizer.backend_tokenizer.no_padding()
-    pipe.tokenizer.backend_tokenizer.no_truncation()
+    if run.bundle.has_text:
+        # As read: not with the padding of the last batch.
+        pipe.tokenizer.backend_tokenizer.no_padding()
+        pipe.tokenizer.backend_tokenizer.no_truncation()
     pipe.save_pretrained(temporary, safe_serialization=True)
-    _name_no_half_precision(temporary / "text_encoder" / "config.json")
+    if run.bundle.has_text:
+        folder = parts_of(run.bundle.family.pipeline_name)["text_encoder"].folder
+        _name_no_half_precision(temporary / folder / "config.json")
     sync_tree(temporary)
     if path.exists():
         shutil.rmtree(path)

@@ -208,7 +208,7 @@ def _file_with(path: Path, changed: dict[str, Tensor | None]) -> ModelSection:
         ({"somebody.else": torch.zeros(1)}, r"holds somebody\.else"),
         ({"first_stage_model.encoder.mid.attn_1.x.weight": torch.zeros(1)}, r"attn_1\.x\.weight"),
         ({"model.diffusion_model.time_embed.0.bias": torch.zeros(3)}, r"time_embedding\.linear_1\.bias .*\[3\]"),
-        ({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(32, 9, 3, 3)}, "an inpainting model"),
+        ({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(32, 5, 3, 3)}, "a depth-to-image model"),
         ({"conditioner.embedders.0.x": torch.zeros(1)}, "a Stable Diffusion XL checkpoint"),
     ],
 )
