@@ -157,3 +157,21 @@ def test_an_extracted_adapter_says_what_its_model_predicts(
         told = file.metadata()
     assert (told["ss_base_model_version"], told["modelspec.prediction_type"]) == (version, predicts)
     assert told["lora_kit.scheduler"] == f'{{"prediction_type": "{base}"}}'
+
+
+def test_a_combination_keeps_what_its_files_agree_on_and_tells_where_they_do_not(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors import safe_open
+
+    ours, theirs, other = (f"{files / name}.safetensors" for name in ("ours_v", "theirs_v", "theirs_eps"))
+    alike, apart = tmp_path / "alike.safetensors", tmp_path / "apart.safetensors"
+    assert run("combine", ours, ours, "--out", alike, "--base", files / "epsilon") == 0
+    with safe_open(alike, "pt") as file:
+        assert file.metadata()["lora_kit.scheduler"] == '{"prediction_type": "v_prediction"}'
+    assert "different things" not in capsys.readouterr().out
+    assert run("combine", theirs, other, "--out", apart, "--base", files / "epsilon") == 0
+    said = capsys.readouterr().out
+    assert "different things (theirs_v.safetensors v_prediction, theirs_eps.safetensors epsilon)" in said
+    with safe_open(apart, "pt") as file:
+        assert "ss_base_model_version" not in file.metadata()
