@@ -28,7 +28,7 @@ from lora_kit.training.ema import WeightAverage
 from lora_kit.training.held_out import MeasuredSet, train_subset
 from lora_kit.training.launch import sharding_of
 from lora_kit.training.max_norm import Limited, limited_modules
-from lora_kit.training.objective import adopt_schedule, build_objective, objective_notices
+from lora_kit.training.objective import adopt_schedule, build_objective, objective_notices, schedule_notices
 from lora_kit.training.optimizers import build_optimizer, parameter_groups, up_matrices
 from lora_kit.training.precision import base_dtype
 from lora_kit.training.prepared import PreparedData, place_networks, prepare_data
@@ -97,7 +97,7 @@ class Run(NamedTuple):
         """What the user should be told once about data and targets."""
         sets = [data for data in (self.data, self.prepared.held_out) if data is not None]
         notices = [*self.prepared.notices, *(notice for data in sets for notice in data.notices)]
-        notices += objective_notices(self.learner.objective)
+        notices += [*schedule_notices(self.bundle), *objective_notices(self.learner.objective)]
         if self.skipped:
             names = name_some([flaw.id for flaw in self.skipped])
             notices = [
