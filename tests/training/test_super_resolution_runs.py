@@ -14,7 +14,7 @@ import torch
 from diffusers import LDMSuperResolutionPipeline
 from PIL import Image
 
-from lora_kit.adapters import load_adapter, set_scale
+from lora_kit.adapters import load_adapter, read_adapter, set_scale
 from lora_kit.cli.main import main
 from lora_kit.errors import DataError, RecipeError
 from lora_kit.inference import PictureInputs, SamplingSettings, draw
@@ -218,6 +218,41 @@ def test_a_text_base_still_needs_captions(enlarging: Callable[..., Recipe], tiny
     recipe = enlarging(f"model.base={tiny_sd1_folder}").model_copy(update={"degradation": None})
     with pytest.raises(DataError, match="no caption"):
         train(recipe)
+
+
+def test_plan_shows_what_a_run_on_bare_pictures_would_train(
+    enlarging: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    enlarging()
+    with pytest.raises(SystemExit) as caught:
+        main(["plan", str(tmp_path / "recipe.yaml"), "--json"])
+    assert not caught.value.code
+    told = json.loads(capsys.readouterr().out)
+    assert [source["pictures"] for source in told["data"]["sources"]] == [8]
+    assert {target["module"]["name"].partition(".")[0] for target in told["plan"]["targets"]} == {"unet"}
+
+
+def test_pefts_layout_holds_the_same_adapter(enlarging: Callable[..., Recipe], trained: Path) -> None:
+    folder = train(enlarging("save.format=peft", name="peft")).path
+    assert (folder / "adapter_config.json").is_file()
+    base = load_bundle(ModelSection(base=enlarging().model.base))
+    one, other = (read_adapter(path, base.components).updates for path in (trained, folder))
+    assert one.keys() == other.keys()
+    for name, update in one.items():
+        assert all(torch.equal(part, other[name].parts()[kind]) for kind, part in update.parts().items())
+        assert update.alpha == other[name].alpha
+
+
+def test_kohyas_layout_has_no_names_for_it(
+    trained: Path, tiny_super_resolution_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "kohya.safetensors"
+    command = ["convert", str(trained), "--to", "kohya", "--base", str(tiny_super_resolution_folder), "--out", str(out)]
+    with pytest.raises(SystemExit) as caught:
+        main(command)
+    assert caught.value.code == 2
+    assert "kohya's layout has no names for ldm_super_resolution" in " ".join(capsys.readouterr().err.split())
+    assert not out.exists()
 
 
 def test_strength_0_is_the_base_and_1_is_not(trained: Path, tiny_super_resolution_folder: Path) -> None:
