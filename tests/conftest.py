@@ -136,6 +136,22 @@ def tiny_text2im_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def small_real_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function: name in real_configs.PUBLISHED → a random narrow base with that one's very blocks and layers, each
+    made once. Read-only by convention."""
+    from real_configs import small_base
+
+    place, made = tmp_path_factory.mktemp("real-bases"), dict[str, Path]()
+
+    def make(name: str) -> Path:
+        if name not in made:
+            made[name] = small_base(place / name, name)
+        return made[name]
+
+    return make
+
+
 @pytest.fixture(params=["tiny_sd1_folder", "tiny_sd2_folder"])
 def folder(request: pytest.FixtureRequest) -> Path:
     """Both generations' small bases, for what holds for either."""

@@ -33,7 +33,7 @@ def command(
     from lora_kit.algebra.combine import CombineOptions, combine
     from lora_kit.algebra.lowrank_files import open_adapters, told_family
     from lora_kit.algebra.lowrank_header import derived_metadata
-    from lora_kit.cli.ranks import base_weights, budget_of, tell, token_notes
+    from lora_kit.cli.ranks import base_weights, budget_of, schedule_notes, tell, token_notes
     from lora_kit.cli.written import write_derived
     from lora_kit.progress import progress
 
@@ -56,4 +56,4 @@ def command(
         record |= {"density": density} | ({"seed": seed} if method == "dare" else {})
     metadata = derived_metadata([one.state.metadata for one in opened], combined.updates, "combined", record)
     write_derived(out, AdapterState(combined.updates, metadata), told_family(metadata, opened[0].base))
-    tell(combined.losses, token_notes(opened), out, as_json)
+    tell(combined.losses, [*token_notes(opened), *schedule_notes(opened)], out, as_json)

@@ -52,7 +52,7 @@ def command(
         from lora_kit.training.start import starting_updates
 
         path = Path(loaded.model.adapter)
-        starting_updates(path, read_raw(path), {module.name: module for module in base.tree}, plan)
+        starting_updates(path, read_raw(path), {module.name: module for module in base.tree}, plan, base.family)
     _check_optimizer(loaded)
     rates = module_rates(plan, loaded.optimizer)
     data = data_facts(loaded.data)

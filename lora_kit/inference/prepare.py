@@ -54,6 +54,8 @@ def prepare(
     section = ModelSection(base=base) if isinstance(base, str) else base
     section, warnings = settle_prediction(section, files, [raw.metadata for raw in raws])
     bundle = load_bundle(section, dtype or (torch.float16 if device == "cuda" else torch.float32))
+    if bundle.prediction_type != (said := bundle.scheduler_config.get("prediction_type", "epsilon")):
+        warnings.append(f"{section.base} says that it predicts {said}; drawn as {bundle.prediction_type}, as asked")
     modules = adaptable_modules(bundle.components)
     called, family = section.base, bundle.family.name
     states = [fitted_to(path, raw, modules, called, family) for path, raw in zip(files, raws, strict=True)]

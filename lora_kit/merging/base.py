@@ -11,6 +11,7 @@ from lora_kit.merging.stored import WeightFile, open_weights
 from lora_kit.merging.weights import ComponentFiles, component_files
 from lora_kit.models.checkpoint_file import SUFFIXES
 from lora_kit.models.family_names import PIPELINE_FAMILIES
+from lora_kit.models.ldm_configs import is_v2
 from lora_kit.models.ldm_marks import recognise
 from lora_kit.models.pipeline_index import check_index, index_in, read_index
 from lora_kit.models.tree_family import family_of_tree
@@ -37,7 +38,10 @@ class Base(NamedTuple):
     @property
     def family(self) -> str | None:
         """The pipeline's, else `sd1`, `sd2` …, by the modules; None for a network of no known family."""
-        return self.named_family or family_of_tree(self.places.modules)
+        found = self.named_family or family_of_tree(self.places.modules)
+        if found and not self.is_folder and is_v2({key: one.shape for key, one in self.files[0].tensors.items()}):
+            return found.replace("sd1", "sd2")  # some hold its linear layers as convolutions
+        return found
 
     def component_of(self, file: int, key: str) -> str | None:
         """`unet`, `text_encoder`, or None for a tensor of neither."""

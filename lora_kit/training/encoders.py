@@ -24,7 +24,7 @@ def load_encoders(recipe: Recipe) -> ModelBundle:
         configs = layout.configs()
         fresh = recipe.model.weights == "fresh"
         bundle.vae = layout.vae(torch.float32)
-        if bundle.has_text:
+        if configs.text_encoder is not None:
             bundle.text_encoder = (
                 fresh_text_encoder(configs, dtype, recipe.seed) if fresh else layout.text_encoder(dtype)
             )

@@ -17,7 +17,10 @@ from small_super_resolution import REAL_UNET, REAL_VQVAE, SCHEDULE
 from lora_kit.errors import ModelError, RecipeError
 from lora_kit.inference import PictureInputs, SamplingSettings, draw
 from lora_kit.models import ModelBundle, load_bundle, pipeline, skeleton
+from lora_kit.models.architecture import UnknownArchitectureError
+from lora_kit.models.known_trees import known_trees
 from lora_kit.models.outline import read_outline
+from lora_kit.models.plain_unet_tree import plain_unet_tree
 from lora_kit.models.super_resolution import pipeline_picture_size, recognise_super_resolution
 from lora_kit.recipe import ModelSection, PresetRules
 from lora_kit.targeting import make_plan, module_tree
@@ -157,3 +160,12 @@ def test_the_pipelines_own_size_of_a_picture() -> None:
     assert pipeline_picture_size((100, 64), "base") == (96, 64)
     with pytest.raises(RecipeError, match="31x40 pixels; base enlarges pictures of at least 32x32"):
         pipeline_picture_size((31, 40), "base")
+
+
+def test_the_tree_from_the_config_is_the_networks(real_folder: Path, small: ModelBundle) -> None:
+    laid_out = skeleton(ModelSection(base=str(real_folder)))
+    assert plain_unet_tree(REAL_UNET) == module_tree(laid_out.components)
+    assert plain_unet_tree(dict(small.unet.config)) == module_tree(small.components)
+    assert list(known_trees()["ldm_super_resolution"]) == plain_unet_tree(REAL_UNET)
+    with pytest.raises(UnknownArchitectureError):
+        plain_unet_tree({**REAL_UNET, "downsample_type": "resnet"})
