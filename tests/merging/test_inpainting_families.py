@@ -68,7 +68,7 @@ def test_a_base_of_a_merge_tells_its_family(tiny_inpainting_folder: Path, tiny_i
 
 
 def test_an_extracted_files_header_names_what_readers_know_and_what_it_is() -> None:
-    facts = base_facts("sd2-inpainting")
+    facts = base_facts("sd2-inpainting", "epsilon")
     assert (facts["ss_base_model_version"], facts["ss_v2"]) == ("sd_v2", "True")
     assert facts["lora_kit.family"] == "sd2-inpainting"
 
