@@ -17,7 +17,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from small_super_resolution import small_super_resolution
 from small_tokenizers import SUBJECTS, small_tokenizer
+from text2im_samples import small_text2im
 
 from lora_kit.models import ModelBundle, load_bundle
 from lora_kit.recipe import ModelSection
@@ -126,6 +128,30 @@ def tiny_inpainting2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_text2im_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As tiny_sd1_folder: a small LDM text-to-image model with LDMBert and a KL first stage."""
+    folder = tmp_path_factory.mktemp("bases") / "tiny-text2im"
+    small_text2im().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_real_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function: name in real_configs.PUBLISHED → a random narrow base with that one's very blocks and layers, each
+    made once. Read-only by convention."""
+    from real_configs import small_base
+
+    place, made = tmp_path_factory.mktemp("real-bases"), dict[str, Path]()
+
+    def make(name: str) -> Path:
+        if name not in made:
+            made[name] = small_base(place / name, name)
+        return made[name]
+
+    return make
+
+
 @pytest.fixture(params=["tiny_sd1_folder", "tiny_sd2_folder"])
 def folder(request: pytest.FixtureRequest) -> Path:
     """Both generations' small bases, for what holds for either."""
@@ -168,3 +194,11 @@ def make_picture_folder() -> Callable[..., Path]:
 def picture_folder(tmp_path_factory: pytest.TempPathFactory, make_picture_folder: Callable[..., Path]) -> Path:
     """Eight captioned pictures of 40 × 48 pixels. Read-only by convention."""
     return make_picture_folder(tmp_path_factory.mktemp("pictures") / "eight")
+
+
+@pytest.fixture(scope="session")
+def tiny_super_resolution_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random LDM super-resolution model, as tiny_sd1_folder: no text, pictures four times enlarged."""
+    folder = tmp_path_factory.mktemp("bases") / "tiny-super-resolution"
+    small_super_resolution().save_pretrained(folder)
+    return folder

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from lora_kit.adapters.formats.family import family_of
 from lora_kit.adapters.io import RawAdapter, fitted, read_raw
 from lora_kit.adapters.state import AdapterState
 from lora_kit.errors import AdapterFileError
@@ -67,6 +68,11 @@ def fitting_base(path: Path, raw: RawAdapter, base: str | None = None) -> tuple[
     raise AdapterFileError(
         f"{errors[nearest]}\n(tried {', '.join(trees)}; this is what {nearest} says. --base names another base)"
     )
+
+
+def told_family(metadata: Mapping[str, str], base: str) -> str:
+    """The family by an adapter's header, else by the base that it was read against: a known one's name, or a path."""
+    return family_of(metadata) or (base if base in known_trees() else read_outline(ModelSection(base=base)).family)
 
 
 def file_hash(path: Path) -> str:

@@ -71,7 +71,7 @@ def _fill(recipes: Sequence[Recipe]) -> None:
         bundle = load_encoders(recipe)
         cache = open_cache(recipe, bundle, trains_text_encoder(recipe, bundle))
         accelerator = build_accelerator(recipe)
-        for data in data_sets(recipe, cache.hints, progress, vae_factor(bundle)):
+        for data in data_sets(recipe, cache.hints, progress, vae_factor(bundle), bundle.has_text):
             filled = fill_cache(cache, data, bundle, accelerator, progress)
             views = len(filled.latents) * filled.latents.versions if filled.latents else 0
             captions = len(filled.texts) if filled.texts else 0

@@ -13,8 +13,10 @@ from PIL.PngImagePlugin import PngInfo
 
 from lora_kit.adapters.token_files import read_embedding
 from lora_kit.cli.options import AdapterOption, DtypeName, parse_size, torch_dtype
+from lora_kit.errors import RecipeError
 from lora_kit.files import write_atomically
 from lora_kit.inference import Prepared, SamplingSettings, default_settings, prepare
+from lora_kit.inference.sampling import check_prompts
 from lora_kit.inference.starts import Inputs
 from lora_kit.recipe import ModelSection
 
@@ -39,6 +41,16 @@ def _token_and_file(text: str) -> tuple[str, str]:
     """`FILE` or `TOKEN=FILE`; a file of that whole name goes first."""
     token, equals, file = text.partition("=")
     return (token, file) if equals and not Path(text).exists() else ("", text)
+
+
+def fitted_inputs(prepared: Prepared, prompt: Sequence[str] | None, inputs: Inputs) -> Inputs:
+    """The pictures as the base takes them. Raises RecipeError for those it cannot take, and where it needs a prompt."""
+    bundle = prepared.bundle
+    if bundle.has_text and not prompt:
+        raise RecipeError(f"{bundle.source} reads text: say what to draw with --prompt (an empty one is --prompt '')")
+    if prompt:
+        check_prompts(bundle, prompt)
+    return None if inputs is None else [bundle.family.fitted_input(bundle, one) for one in inputs]
 
 
 def settings_for(

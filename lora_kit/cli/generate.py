@@ -29,16 +29,18 @@ from lora_kit.cli.picture_options import (
     ETA_HELP,
     IMAGE_HELP,
     MASK_HELP,
+    PROMPT_HELP,
     SAMPLER_HELP,
     STRENGTH_HELP,
     picture_options,
+    prompts_or_pictures,
 )
 
 
 def command(
     base: Annotated[str, typer.Argument(help="A diffusers folder, a checkpoint file, a hub id, or `tiny`.")],
-    prompt: Annotated[list[str], typer.Option(help="What to draw. May be given several times.")],
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")],
+    prompt: Annotated[list[str] | None, typer.Option(help=PROMPT_HELP)] = None,
     adapter: Annotated[list[str] | None, typer.Option(help="FILE or FILE:SCALE. May be given several times.")] = None,
     scale: Annotated[list[str] | None, typer.Option(help=SCALE_HELP)] = None,
     block_weights: Annotated[str | None, typer.Option(help=BLOCK_WEIGHTS_HELP)] = None,
@@ -64,12 +66,14 @@ def command(
     adapters, rules = [parse_adapter(text) for text in adapter or []], scale_rules(scale, block_weights)
     if size:
         parse_size(size)  # a typo is answered before anything is loaded
-    pictures = picture_options(image, mask, strength, len(prompt))
+    prompts = prompts_or_pictures(prompt, image)
+    pictures = picture_options(image, mask, strength, len(prompts))
     seeds = list(range(seed, seed + count))
-    paths = [out / f"{index:03d}_{slug(text)}_seed{one}.png" for index, text in enumerate(prompt) for one in seeds]
+    names = prompts if prompt else [path.stem for path in pictures.images]
+    paths = [out / f"{index:03d}_{slug(text)}_seed{one}.png" for index, text in enumerate(names) for one in seeds]
     refuse_existing(paths, overwrite)
 
-    from lora_kit.cli.drawing import facts_of, open_base, save_png, settings_for, warn_of_long_prompts
+    from lora_kit.cli.drawing import facts_of, fitted_inputs, open_base, save_png, settings_for, warn_of_long_prompts
     from lora_kit.inference import SamplingSettings, generate
     from lora_kit.inference.reading import read_inputs
     from lora_kit.progress import progress
@@ -85,11 +89,12 @@ def command(
     )
     inputs = read_inputs(pictures.images, pictures.masks) if pictures.images else None
     prepared = open_base(base_section(base, prediction_type, tokenizer), adapters, dtype, rules, embedding or ())
+    inputs = fitted_inputs(prepared, prompt, inputs)
     settings = settings_for(prepared, size, asked, inputs)
-    warn_of_long_prompts(prepared, [*prompt, negative], settings)
+    warn_of_long_prompts(prepared, [*prompts, negative], settings)
     scales = [option.scale for option in adapters]
     used = json.dumps([{"file": option.path.name, "scale": option.scale} for option in adapters])
-    drawn = generate(prepared, prompt, seeds, scales, settings, progress, inputs)
+    drawn = generate(prepared, prompts, seeds, scales, settings, progress, inputs)
     for picture, path in zip(drawn, paths, strict=True):
         facts = {
             "prompt": picture.prompt,

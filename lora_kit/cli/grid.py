@@ -30,9 +30,11 @@ from lora_kit.cli.picture_options import (
     ETA_HELP,
     IMAGE_HELP,
     MASK_HELP,
+    PROMPT_HELP,
     SAMPLER_HELP,
     STRENGTH_HELP,
     picture_options,
+    prompts_or_pictures,
 )
 from lora_kit.errors import RecipeError
 
@@ -40,8 +42,8 @@ from lora_kit.errors import RecipeError
 def command(
     base: Annotated[str, typer.Argument(help="A diffusers folder, a checkpoint file, a hub id, or `tiny`.")],
     adapter: Annotated[list[str], typer.Option(help="Adapter file. Several are all drawn at the same strength.")],
-    prompt: Annotated[list[str], typer.Option(help="What to draw. May be given several times.")],
     out: Annotated[Path, typer.Option(help="The PNG.")],
+    prompt: Annotated[list[str] | None, typer.Option(help=PROMPT_HELP)] = None,
     scales: Annotated[str, typer.Option(help="Strengths, a column each.")] = "0,0.5,1",
     seeds: Annotated[str, typer.Option(help="Seeds; each prompt has a row for each.")] = "0",
     scale: Annotated[list[str] | None, typer.Option(help=SCALE_HELP)] = None,
@@ -68,12 +70,13 @@ def command(
         raise RecipeError("grid: --adapter takes a file without :SCALE here; --scales gives the strengths")
     rules = scale_rules(scale, block_weights)
     strengths, rows = parse_numbers(scales, "--scales"), parse_seeds(seeds)
-    pictures = picture_options(image, mask, strength, len(prompt))
+    prompts = prompts_or_pictures(prompt, image)
+    pictures = picture_options(image, mask, strength, len(prompts))
     if size:
         parse_size(size)
     refuse_existing([out], overwrite)
 
-    from lora_kit.cli.drawing import facts_of, open_base, save_png, settings_for, warn_of_long_prompts
+    from lora_kit.cli.drawing import facts_of, fitted_inputs, open_base, save_png, settings_for, warn_of_long_prompts
     from lora_kit.inference import SamplingSettings, grid
     from lora_kit.inference.reading import read_inputs
     from lora_kit.progress import progress
@@ -89,11 +92,12 @@ def command(
     )
     inputs = read_inputs(pictures.images, pictures.masks) if pictures.images else None
     prepared = open_base(base_section(base, prediction_type, tokenizer), adapters, dtype, rules, embedding or ())
+    inputs = fitted_inputs(prepared, prompt, inputs)
     settings = settings_for(prepared, size, asked, inputs)
-    warn_of_long_prompts(prepared, [*prompt, negative], settings)
-    sheet = grid(prepared, prompt, rows, strengths, settings, progress, inputs)
+    warn_of_long_prompts(prepared, [*prompts, negative], settings)
+    sheet = grid(prepared, prompts, rows, strengths, settings, progress, inputs)
     facts = {
-        "prompts": json.dumps(prompt, ensure_ascii=False),
+        "prompts": json.dumps(prompts, ensure_ascii=False),
         "seeds": seeds,
         "scales": scales,
         "prediction_type": prepared.bundle.prediction_type,

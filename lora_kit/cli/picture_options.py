@@ -10,7 +10,8 @@ from lora_kit.errors import RecipeError
 
 SAMPLER_HELP = "ddim, ddpm, dpm++, dpm++-sde, euler, euler-a, heun, pndm or unipc."
 ETA_HELP = "Noise that ddim adds on the way: 0 is none, 1 is as much as ddpm's."
-IMAGE_HELP = "Picture to begin at; one for all prompts, or given once for each."
+PROMPT_HELP = "What to draw. May be given several times. A super-resolution base takes none, but --image."
+IMAGE_HELP = "Picture to begin at, or to enlarge; one for all prompts, or given once for each."
 MASK_HELP = "What of the picture is drawn anew (white); the rest is kept. In the picture's size; as many as pictures."
 STRENGTH_HELP = "How much of the picture is drawn anew, above 0 to 1. Default: 0.8, with a mask 1."
 
@@ -30,6 +31,13 @@ class PictureOptions(NamedTuple):
             "strength": "" if self.strength is None else f"{self.strength:g}",
         }
         return {key: value for key, value in told.items() if value}
+
+
+def prompts_or_pictures(prompt: Sequence[str] | None, image: Sequence[Path] | None) -> list[str]:
+    """The prompts, or an empty one for each picture. Raises RecipeError where neither is given."""
+    if not prompt and not image:
+        raise RecipeError("say what to draw with --prompt; a base that enlarges pictures takes --image instead")
+    return list(prompt or [""] * len(image or ()))
 
 
 def picture_options(

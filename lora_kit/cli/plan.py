@@ -35,9 +35,11 @@ def command(
     from lora_kit.cli.plan_probe import probe_lines, probed
     from lora_kit.cli.plan_sources import data_facts, source_json, source_lines, source_table
     from lora_kit.cli.plan_tokens import token_json, token_lines
+    from lora_kit.models.adapter_layouts import layout_for
     from lora_kit.models.outline import read_outline
     from lora_kit.recipe.inpainting import check_inpainting
     from lora_kit.recipe.objective import check_against_base
+    from lora_kit.recipe.without_text import fitted_to_base
     from lora_kit.targeting import make_plan, plan_table, plan_to_json
     from lora_kit.targeting.quantised import quantised_layers
     from lora_kit.targeting.rates import module_rates
@@ -47,12 +49,14 @@ def command(
         predicts = loaded.model.prediction_type or base.prediction_type
         check_against_base(loaded.objective, loaded.model.base, predicts, base.timesteps or 1000)
     check_inpainting(loaded, base.family, fills=base.family.endswith("-inpainting"))
+    loaded = fitted_to_base(loaded, base.side_step)
     plan = make_plan(loaded.targets, base.tree)
+    layout_for(loaded.save, base.family, plan.methods)
     if loaded.model.adapter:
         from lora_kit.training.start import starting_updates
 
         path = Path(loaded.model.adapter)
-        starting_updates(path, read_raw(path), {module.name: module for module in base.tree}, plan)
+        starting_updates(path, read_raw(path), {module.name: module for module in base.tree}, plan, base.family)
     _check_optimizer(loaded)
     rates = module_rates(plan, loaded.optimizer)
     data = data_facts(loaded.data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,12 @@ class TrainingSet(Dataset[Sample]):
     def pictures(self) -> list[Image.Image]:
         """All pictures as RGB squares of `resolution`, centre crop, in the records' order. Opens the files."""
         return [square_picture(read_picture(record).image, self.section.resolution) for record in self.records]
+
+    def ignore_captions(self) -> int:
+        """Take the captions from the records, for a model that reads none; how many pictures had one."""
+        count = sum(bool(record.caption) for record in self.records)
+        self.records = [replace(record, caption="", captions=()) for record in self.records]
+        return count
 
     def drop(self, broken: Mapping[int, str]) -> None:
         """Leave out the records at these indices, for these reasons. Raises DataError if none remains."""

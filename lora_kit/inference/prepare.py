@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from lora_kit.adapters import AdapterState, apply_scales, family_of, load_adapter, read_raw
 from lora_kit.adapters.state import adaptable_modules
@@ -55,14 +54,15 @@ def prepare(
     section = ModelSection(base=base) if isinstance(base, str) else base
     section, warnings = settle_prediction(section, files, [raw.metadata for raw in raws])
     bundle = load_bundle(section, dtype or (torch.float16 if device == "cuda" else torch.float32))
+    if bundle.prediction_type != (said := bundle.scheduler_config.get("prediction_type", "epsilon")):
+        warnings.append(f"{section.base} says that it predicts {said}; drawn as {bundle.prediction_type}, as asked")
     modules = adaptable_modules(bundle.components)
     called, family = section.base, bundle.family.name
     states = [fitted_to(path, raw, modules, called, family) for path, raw in zip(files, raws, strict=True)]
     warnings += _mismatches(files, states, bundle)
     shares = _shares(bundle, states, rules)
     warnings += follow_schedules(bundle, files, [state.metadata for state in states])
-    networks: list[nn.Module] = [bundle.unet, bundle.text_encoder, bundle.vae]
-    for network in networks:
+    for network in bundle.networks:
         network.to(device)
     names = tuple(f"adapter_{index}" for index in range(len(files)))
     for name, state in zip(names, states, strict=True):

@@ -74,11 +74,12 @@ def draw(
     if len(prompts) != len(seeds):
         raise RecipeError(f"got {len(prompts)} prompts and {len(seeds)} seeds; one seed belongs to each prompt")
     _check(bundle, settings, inputs)
+    check_prompts(bundle, [*prompts, settings.negative_prompt])
     check_inputs(bundle, inputs, len(prompts), (settings.width, settings.height))
     size = batch_size or fitting_batch_size(settings)
     starts = range(0, len(prompts), size)
     pictures: list[Image.Image] = []
-    with evaluating(bundle.unet, bundle.text_encoder, bundle.vae), torch.no_grad():
+    with evaluating(*bundle.networks), torch.no_grad():
         for first in progress(starts, "drawing", len(starts)):
             part = slice(first, first + size)
             own = inputs[part] if inputs is not None else None
@@ -94,9 +95,18 @@ def sample_latents(
     _check(bundle, settings)
     size = fitting_batch_size(settings)
     starts = range(0, len(prompts), size)
-    with evaluating(bundle.unet, bundle.text_encoder), torch.no_grad():
+    with evaluating(*bundle.components.values()), torch.no_grad():
         parts = [_denoise(bundle, prompts[at : at + size], seeds[at : at + size], settings) for at in starts]
     return torch.cat(parts)
+
+
+def check_prompts(bundle: ModelBundle, prompts: Sequence[str]) -> None:
+    """Raise RecipeError for a prompt to a base that reads no text."""
+    asked = next((prompt for prompt in prompts if prompt), "")
+    if asked and not bundle.has_text:
+        raise RecipeError(
+            f"{bundle.source} reads no text, and got the prompt {asked!r}; give it a picture alone (--image)"
+        )
 
 
 def fitting_batch_size(settings: SamplingSettings) -> int:
@@ -131,12 +141,16 @@ def _check(bundle: ModelBundle, settings: SamplingSettings, inputs: Inputs = Non
         raise RecipeError(f"eta: got {settings.eta:g}, allowed: 0 to 1")
     if settings.strength is not None and inputs is None:
         raise RecipeError(f"strength: got {settings.strength:g}, which is about an input picture, and there is none")
-    if inputs is not None and (problem := strength_problem(settings.steps, _strength(settings, inputs))):
+    if settings.strength is not None and not bundle.family.begins_at_picture:
+        raise RecipeError(
+            f"strength: got {settings.strength:g}, but this base draws from noise beside the picture; leave it out"
+        )
+    if inputs is not None and (problem := strength_problem(settings.steps, _strength(bundle, settings, inputs))):
         raise RecipeError(f"strength: {problem}")
 
 
-def _strength(settings: SamplingSettings, inputs: Inputs) -> float:
-    return default_strength(inputs) if settings.strength is None else settings.strength
+def _strength(bundle: ModelBundle, settings: SamplingSettings, inputs: Inputs) -> float:
+    return default_strength(bundle, inputs) if settings.strength is None else settings.strength
 
 
 def _denoise(
@@ -152,11 +166,11 @@ def _denoise(
     scheduler.set_timesteps(settings.steps, device=bundle.device)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     options = _step_options(scheduler, generators, settings)
-    guided = settings.guidance > 1
+    guided = settings.guidance > 1 and bundle.has_text
     captions = [settings.negative_prompt] * len(prompts) * guided + list(prompts)
     condition = bundle.family.condition(bundle, captions, settings.long_prompts)
     shape = _shape(bundle, len(prompts), settings)
-    begun = start(bundle, scheduler, inputs, _strength(settings, inputs), shape, generators)
+    begun = start(bundle, scheduler, inputs, _strength(bundle, settings, inputs), shape, generators)
     latents, timesteps = begun.latents, begun.timesteps
     beside = None if begun.beside is None else torch.cat([begun.beside] * (1 + guided))
     for index, timestep in enumerate(timesteps):
@@ -191,7 +205,8 @@ def decode(bundle: ModelBundle, latents: Tensor) -> Tensor:
     """
     vae: Any = bundle.vae
     # The VAE has its own precision and, being large, works on one picture at a time: activations are what fills memory.
-    pixels = torch.cat([decode_latents(vae, one) for one in latents.split(_decoded_at_once(latents))])
+    scale = bundle.family.latent_scale(bundle)
+    pixels = torch.cat([decode_latents(vae, one, scale) for one in latents.split(_decoded_at_once(latents))])
     if not bool(torch.isfinite(pixels).all()):
         raise ModelError(
             f"the picture holds NaN or infinite values (networks in {bundle.unet.dtype}, VAE in {vae.dtype}). "

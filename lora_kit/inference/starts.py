@@ -96,9 +96,10 @@ def strength_problem(steps: int, strength: float) -> str | None:
     return None
 
 
-def default_strength(inputs: Inputs) -> float:
-    """Of a picture without a strength asked for."""
-    return PICTURE_STRENGTH if inputs is not None and inputs[0].mask is None else MASK_STRENGTH
+def default_strength(bundle: ModelBundle, inputs: Inputs) -> float:
+    """Of a picture without a strength asked for; 1 where sampling does not begin at it."""
+    plain = inputs is not None and inputs[0].mask is None
+    return PICTURE_STRENGTH if plain and bundle.family.begins_at_picture else MASK_STRENGTH
 
 
 def picture_latents(bundle: ModelBundle, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:

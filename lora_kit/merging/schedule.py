@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 from lora_kit.adapters.formats.objective_header import TrainedSchedule, schedule_differences, trained_schedule
@@ -31,15 +32,17 @@ class ScheduleChange(NamedTuple):
 
     config: dict[str, Any] | None = None
     """The scheduler_config.json to write; None: the base's is copied."""
-    before: str | None = None
-    """For the headers, under BEFORE."""
+    before: Mapping[str, Any] = MappingProxyType({})
+    """What the keys that change said until now; None for one that was not there."""
     notes: tuple[str, ...] = ()
 
     def header(self, metadata: Mapping[str, str]) -> dict[str, str]:
-        """`metadata` with BEFORE where the schedule was changed for the first time, and without it where that was
-        taken back."""
+        """`metadata` with BEFORE where the schedule is changed, and without it where no adapter is left."""
         kept = {key: value for key, value in metadata.items() if key != BEFORE or MERGED in metadata}
-        return {BEFORE: self.before, **kept} if self.before else kept
+        if not self.before:
+            return kept
+        first = {**self.before, **(_read_before(kept) or {})}  # an earlier merge knows what the base itself said
+        return {**kept, BEFORE: json.dumps(first, sort_keys=True)}
 
     def write(self, folder: Path) -> None:
         """Put the config in the place of the copied one, in diffusers' own form."""
@@ -87,7 +90,7 @@ def merged_schedule(base: Base, adapters: Sequence[tuple[str, Scaled]]) -> Sched
     if not decided or said is None:
         return ScheduleChange(notes=tuple(notes))
     before = {key: said.get(key) for key, value in now.items() if said.get(key) != value}
-    return ScheduleChange(now, json.dumps(before, sort_keys=True), tuple(notes))
+    return ScheduleChange(now, before, tuple(notes))
 
 
 def restored_schedule(base: Base, metadata: Mapping[str, str], left: Mapping[str, str]) -> ScheduleChange:
@@ -98,13 +101,21 @@ def restored_schedule(base: Base, metadata: Mapping[str, str], left: Mapping[str
     said = said_schedule(base)
     if not base.is_folder or said is None or BEFORE not in metadata or MERGED in left:
         return ScheduleChange()
-    try:
-        before: dict[str, Any] = json.loads(metadata[BEFORE])
-        gone = {key for key, value in before.items() if value is None}
-    except (ValueError, AttributeError):
+    before = _read_before(metadata)
+    if before is None:
         return ScheduleChange(notes=(f"{base.path}: its header's {BEFORE} cannot be read; check {CONFIG}",))
+    gone = {key for key, value in before.items() if value is None}
     config = {key: value for key, value in {**said, **before}.items() if key not in gone}
     return ScheduleChange(config, notes=("the scheduler_config.json says again what it did before the merge",))
+
+
+def _read_before(metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """None where it is not what a merge writes."""
+    try:
+        read: Any = json.loads(metadata.get(BEFORE, "{}"))
+    except ValueError:
+        return None
+    return cast("dict[str, Any]", read) if isinstance(read, dict) else None
 
 
 def _needed(trained: TrainedSchedule) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def read_sources(base: Base, adapters: Sequence[tuple[Source, float]]) -> tuple[
             continue
         try:
             raw = read_raw(source)
-            state = fitted_to(source, raw, base.places.modules, str(base.path))
+            state = fitted_to(source, raw, base.places.modules, str(base.path), base.family)
         except AdapterFileError as error:
             problems.append(str(error))
             continue

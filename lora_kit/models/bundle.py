@@ -7,17 +7,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel, VQModel
+from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import BertTokenizer, CLIPTokenizer
 
 from lora_kit.models.picture_inputs import PictureInputs
+from lora_kit.models.unets import UNet
 from lora_kit.recipe.captions import LongText
 
 if TYPE_CHECKING:
     from lora_kit.recipe import Recipe
 
 FirstStage = AutoencoderKL | VQModel
+Tokenizer = CLIPTokenizer | BertTokenizer
 
 
 class Family(Protocol):
@@ -32,6 +34,8 @@ class Family(Protocol):
     sees_mask: bool
     """Whether the network is told by `beside_drawn` what is to be filled. For others, what surrounds the mask is put
     back after each step of the sampler."""
+    restores: bool
+    """Whether what is drawn is to be the picture that `beside` was made of: PSNR and SSIM tell how near it comes."""
     pipeline_name: str
     """The class of diffusers that draws with it."""
     fills_masks: bool
@@ -47,6 +51,10 @@ class Family(Protocol):
 
     def target_latents(self, bundle: ModelBundle, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
         """The clean latents z0 = scale · (mean + std · noise) that the diffusion is trained on, fp32."""
+        ...
+
+    def latent_scale(self, bundle: ModelBundle) -> tuple[float, float]:
+        """(scale, shift): `target_latents` is scale · (latents - shift), and decoding undoes it."""
         ...
 
     def condition(self, bundle: ModelBundle, captions: list[str], long: LongText = "cut") -> Any:
@@ -105,6 +113,13 @@ class Family(Protocol):
         """
         ...
 
+    def fitted_input(self, bundle: ModelBundle, given: PictureInputs) -> PictureInputs:
+        """An input picture as the family's own pipeline of diffusers resizes it, where that does.
+
+        Raises RecipeError for one that it cannot take.
+        """
+        ...
+
     def drawn_size(self, bundle: ModelBundle, picture: tuple[int, int]) -> tuple[int, int]:
         """Width and height of what is drawn from an input picture of this width and height, pixels.
 
@@ -118,10 +133,11 @@ class ModelBundle:
     """A loaded (or, on the meta device, only laid out) base model."""
 
     family: Family
-    unet: UNet2DConditionModel
+    unet: UNet
     vae: FirstStage
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer | None
+    text_encoder: Any
+    """None for a model that reads no text; so is `tokenizer`."""
+    tokenizer: Any
     scheduler_config: dict[str, Any]
     """The base's scheduler/scheduler_config.json: betas, prediction_type, …"""
     prediction_type: str
@@ -132,7 +148,18 @@ class ModelBundle:
     @property
     def components(self) -> dict[str, nn.Module]:
         """The networks that rules can pick from, by the name a rule starts with."""
-        return {"unet": self.unet, "text_encoder": self.text_encoder}
+        found: dict[str, nn.Module] = {"unet": self.unet}
+        return found | ({"text_encoder": self.text_encoder} if self.has_text else {})
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the model reads captions."""
+        return self.text_encoder is not None
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """Everything that holds weights."""
+        return [*self.components.values(), self.vae]
 
     @property
     def device(self) -> torch.device:

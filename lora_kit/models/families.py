@@ -17,6 +17,7 @@ from lora_kit.models.picture_inputs import PictureInputs
 from lora_kit.models.text_states import PaddedStates, chunk_ids, expand_tokens, join_states
 from lora_kit.recipe.captions import LongText
 from lora_kit.recipe.inpainting import check_inpainting
+from lora_kit.recipe.without_text import check_with_text
 
 if TYPE_CHECKING:
     from lora_kit.recipe import Recipe
@@ -36,11 +37,13 @@ class StableDiffusion:
     begins_at_picture = True
     sees_mask = False
     fills_masks = False
+    restores = False
     pipeline_name = "StableDiffusionPipeline"
 
     def for_recipe(self, recipe: Recipe) -> Family:
-        """Itself: no section is about it."""
+        """Itself. Raises RecipeError for a section that is about other models."""
         check_inpainting(recipe, self.name, fills=False)
+        check_with_text(recipe)
         return self
 
     def encode(self, bundle: ModelBundle, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,8 +52,12 @@ class StableDiffusion:
 
     def target_latents(self, bundle: ModelBundle, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
         """z0 = scaling_factor · (mean + std · noise − shift), fp32; SD's own VAEs have no shift."""
-        scale, shift = first_stage.latent_scale(bundle.vae)
+        scale, shift = self.latent_scale(bundle)
         return (mean.float() + std.float() * noise.float() - shift) * scale
+
+    def latent_scale(self, bundle: ModelBundle) -> tuple[float, float]:
+        """`scaling_factor` and `shift_factor` of the VAE's config."""
+        return first_stage.latent_scale(bundle.vae)
 
     def condition(self, bundle: ModelBundle, captions: list[str], long: LongText = "cut") -> Tensor | PaddedStates:
         """Captions → text states [b, tokens, width] in the text encoder's dtype; keeps the graph for training it.
@@ -68,10 +75,10 @@ class StableDiffusion:
         tokens: each chunk is encoded by itself between a start and an end token, and the states follow one another."""
         if long == "cut":
             return list(self._cut(bundle, captions).unbind())
-        chunks = chunk_ids(_tokenizer(bundle), captions, token_limit(bundle))
+        chunks = chunk_ids(_tokenizer(bundle), captions, self.token_limit(bundle))
         device = next(bundle.text_encoder.parameters()).device
         ids = torch.tensor([ids for caption in chunks for ids in caption], device=device)
-        states = bundle.text_encoder(ids).last_hidden_state
+        states = self._states(bundle, ids)
         return [part.flatten(0, 1) for part in states.split([len(caption) for caption in chunks])]
 
     def join_states(self, states: Sequence[Tensor]) -> Tensor | PaddedStates:
@@ -83,16 +90,23 @@ class StableDiffusion:
         tokens: Any = tokenizer(
             expand_tokens(tokenizer, captions),
             padding="max_length",
-            max_length=token_limit(bundle),
+            max_length=self.token_limit(bundle),
             truncation=True,
             return_tensors="pt",
         )
         device = next(bundle.text_encoder.parameters()).device
-        return bundle.text_encoder(tokens.input_ids.to(device)).last_hidden_state
+        return self._states(bundle, tokens.input_ids.to(device))
+
+    def _states(self, bundle: ModelBundle, ids: Tensor) -> Tensor:
+        return bundle.text_encoder(ids).last_hidden_state
+
+    def token_limit(self, bundle: ModelBundle) -> int:
+        """Tokens in a caption, start and end included: 77 for CLIP."""
+        return min(_tokenizer(bundle).model_max_length, bundle.text_encoder.config.max_position_embeddings)
 
     def truncated(self, bundle: ModelBundle, captions: list[str]) -> int:
         """How many captions are longer than the text encoder reads, so that `condition` cuts their end off."""
-        limit = token_limit(bundle)
+        limit = self.token_limit(bundle)
         encoded: Any = _tokenizer(bundle)(expand_tokens(_tokenizer(bundle), captions), truncation=False, verbose=False)
         return sum(len(ids) > limit for ids in encoded.input_ids)
 
@@ -133,6 +147,10 @@ class StableDiffusion:
         """Nothing: the UNet takes z_t alone."""
         return None
 
+    def fitted_input(self, bundle: ModelBundle, given: PictureInputs) -> PictureInputs:
+        """As it is."""
+        return given
+
     def drawn_size(self, bundle: ModelBundle, picture: tuple[int, int]) -> tuple[int, int]:
         """The picture's own size, whose sides must be multiples of the VAE's factor."""
         factor = first_stage.vae_factor(bundle)
@@ -167,11 +185,6 @@ class StableDiffusion2Inpainting(FillsMasks, StableDiffusion):
     """SD 2.x inpainting."""
 
     name = "sd2-inpainting"
-
-
-def token_limit(bundle: ModelBundle) -> int:
-    """Tokens in a caption, start and end included: 77 for CLIP."""
-    return min(_tokenizer(bundle).model_max_length, bundle.text_encoder.config.max_position_embeddings)
 
 
 def recognise(unet: Mapping[str, Any], text_width: int, source: str) -> Family:

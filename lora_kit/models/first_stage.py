@@ -45,10 +45,13 @@ def encode(vae: FirstStage, pixels: Tensor) -> tuple[Tensor, Tensor]:
     return posterior.mean.float(), posterior.std.float()
 
 
-def decode(vae: FirstStage, latents: Tensor) -> Tensor:
-    """Scaled latents [b, c, h, w] → pixels [b, 3, H, W], nearly in -1..1, fp32. A VQModel quantises them first."""
+def decode(vae: FirstStage, latents: Tensor, scaled_by: tuple[float, float] | None = None) -> Tensor:
+    """Scaled latents [b, c, h, w] → pixels [b, 3, H, W], nearly in -1..1, fp32. A VQModel quantises them first.
+
+    scaled_by: as `Family.latent_scale` gives it. Default: as the config says.
+    """
     network: Any = vae
-    scale, shift = latent_scale(vae)
+    scale, shift = scaled_by or latent_scale(vae)
     return network.decode((latents / scale + shift).to(network.dtype)).sample.float()
 
 

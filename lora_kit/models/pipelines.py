@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lora_kit.errors import ModelError, did_you_mean
 from lora_kit.models.bundle import FirstStage, ModelBundle
+from lora_kit.models.pipeline_index import is_other, parts_of
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
@@ -29,6 +30,8 @@ WITHOUT_CLEAN_LATENTS = ("euler-a", "heun", "pndm")
 
 # Where the base's config is silent: SD's own values. Clipping is for pixels in -1..1; latents go beyond.
 _LATENT_DEFAULTS = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "skip_prk_steps": True}
+
+_NO_SAFETY_CHECKER = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
 def scheduler_named(name: str, config: Mapping[str, Any]) -> Any:
@@ -53,7 +56,7 @@ def scheduler_named(name: str, config: Mapping[str, Any]) -> Any:
     return scheduler.from_config({**_LATENT_DEFAULTS, **config, **own})
 
 
-def pipeline(bundle: ModelBundle, scheduler: str = "ddim") -> diffusers.StableDiffusionPipeline:
+def pipeline(bundle: ModelBundle, scheduler: str = "ddim") -> Any:
     """diffusers' own pipeline of the family around the bundle's own networks (not copies), without progress bar.
 
     No safety checker: it judges photographs and is no part of the base. A VAE of another precision than the UNet
@@ -61,17 +64,12 @@ def pipeline(bundle: ModelBundle, scheduler: str = "ddim") -> diffusers.StableDi
     """
     _cast_on_entry(bundle.vae)
     config = {**bundle.scheduler_config, "prediction_type": bundle.prediction_type}
-    make: Any = getattr(diffusers, bundle.family.pipeline_name)  # annotated as if its optional parts were not
-    pipe: Any = make(
-        vae=bundle.vae,
-        text_encoder=bundle.text_encoder,
-        tokenizer=bundle.tokenizer,
-        unet=bundle.unet,
-        scheduler=scheduler_named(scheduler, config),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    name = bundle.family.pipeline_name
+    make: Any = getattr(diffusers, name)  # annotated as if its optional parts were not
+    offered = {part: getattr(bundle, part) for part in ("unet", "vae", "text_encoder", "tokenizer")}
+    offered["scheduler"] = scheduler_named(scheduler, config)
+    parts = {part.folder: offered[own] for own, part in parts_of(name).items()}
+    pipe: Any = make(**parts, **{} if is_other(name) else _NO_SAFETY_CHECKER)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -24,6 +24,7 @@ from lora_kit.recipe.buckets import BucketSection, bucket_problems
 from lora_kit.recipe.cache import CacheSection
 from lora_kit.recipe.captions import CaptionRules, CaptionSection
 from lora_kit.recipe.checks import recipe_problems
+from lora_kit.recipe.degradation import DegradationSection
 from lora_kit.recipe.inpainting import InpaintingSection
 from lora_kit.recipe.objective import ObjectiveSection
 from lora_kit.recipe.optimizer import OptimizerSection
@@ -43,6 +44,7 @@ __all__ = [
     "CaptionRules",
     "CaptionSection",
     "DataSection",
+    "DegradationSection",
     "EarlyStopSection",
     "InpaintingSection",
     "Method",
@@ -180,6 +182,9 @@ class Recipe(Section):
     tokens: list[TokenSection] = Field(default=[])
     """New words that are learned as vectors of the text encoder's embedding, which otherwise stays as it is."""
     objective: ObjectiveSection = ObjectiveSection()
+    degradation: DegradationSection | None = None
+    """How a super-resolution model's low-resolution pictures are made. Default: bicubic downscaling; none for other
+    models."""
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
     train: TrainSection = TrainSection()

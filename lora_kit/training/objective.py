@@ -77,6 +77,17 @@ def schedule_facts(bundle: ModelBundle) -> dict[str, object]:
     return {"prediction_type": bundle.prediction_type, **changed}
 
 
+def schedule_notices(bundle: ModelBundle) -> list[str]:
+    """What the user should be told once about what the base predicts."""
+    said = bundle.scheduler_config.get("prediction_type", "epsilon")
+    if said == bundle.prediction_type:
+        return []
+    return [
+        f"model.prediction_type: {bundle.prediction_type} goes over what {bundle.source} says of itself, {said}: "
+        "trained, drawn and saved so."
+    ]
+
+
 def build_objective(section: ObjectiveSection, bundle: ModelBundle) -> Objective:
     """The objective on the bundle's noise schedule, as `adopt_schedule` left it."""
     alpha_bars = alphas_cumprod(bundle.scheduler_config)
@@ -169,7 +180,9 @@ class Noised(NamedTuple):
 
     def rows(self, rows: list[int]) -> Noised:
         """Those of some samples."""
-        return Noised(*(None if part is None else part[rows] for part in self))
+        beside = None if self.beside is None else self.beside[rows]
+        times = (self.timesteps[rows], self.alpha_bar[rows], self.host_timesteps[rows])
+        return Noised(self.clean[rows], self.noise[rows], self.noisy[rows], *times, beside)
 
 
 def beside_latents(bundle: ModelBundle, batch: Batch, words: Sequence[Sequence[int | str]]) -> Tensor | None:

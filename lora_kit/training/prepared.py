@@ -46,11 +46,11 @@ def prepare_data(
     factor = vae_factor(bundle)
     if recipe.data.cache == "disk":
         cache = open_cache(recipe, bundle, trains_text)
-        sets = _told(data_sets(recipe, cache.hints, bar, factor), bundle)
+        sets = _told(data_sets(recipe, cache.hints, bar, factor, bundle.has_text), bundle)
         filled = [fill_cache(cache, data, bundle, accelerator, bar) for data in sets]
         texts, notices = tuple(one.texts for one in filled if one.texts is not None), tuple(cache.store.notices)
     else:
-        sets, texts, notices = _told(data_sets(recipe, None, bar, factor), bundle), (), ()
+        sets, texts, notices = _told(data_sets(recipe, None, bar, factor, bundle.has_text), bundle), (), ()
         for data in sets:
             cache_latents(data, latent_encoder(bundle, accelerator.device), ENCODE_BATCH, bar)
     for data in sets:
@@ -69,7 +69,8 @@ def place_networks(
     home = cpu if sharded else device
     _move(bundle.unet, home)
     _move(bundle.vae, device if data.needs_vae else cpu)
-    _move(bundle.text_encoder, home if trains_text else cpu if data.texts else device)
+    if bundle.has_text:
+        _move(bundle.text_encoder, home if trains_text else cpu if data.texts else device)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from lora_kit.training.filling import draw_filled
 from lora_kit.training.folder import RunFolder
 from lora_kit.training.measuring import Base, Measured, measure
 from lora_kit.training.metrics import Metrics
+from lora_kit.training.restoring import final_restoring, restores, restoring_figures
 from lora_kit.training.verdict import reason_to_stop, verdict
 
 
@@ -25,6 +26,9 @@ def validate(run: Run, folder: RunFolder, metrics: Metrics, step: int, base: Bas
             draw_step(run, folder, metrics, step)
         draw_filled(run, folder, metrics, step)
         measured = measure(run, base, is_base=step == 0 and run.start is None)
+        if restores(run):
+            found = restoring_figures(run, folder, metrics, step)
+            measured = measured._replace(figures=measured.figures | found)
     if measured.figures:
         metrics.log(step, measured.figures)
     metrics.restart_clock(step)
@@ -46,6 +50,8 @@ def finish(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress, st
     with run.average.applied():
         if section.prompts:
             draw_final(run, folder, metrics, [int(entry["step"]) for entry in progress.history])
+        if restores(run):
+            result |= final_restoring(run, folder, metrics, step)
         draw_filled(run, folder, metrics, step, final=True)
         if section.retrieval:
             result |= _style_and_subject(run, folder)

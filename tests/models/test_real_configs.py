@@ -141,3 +141,23 @@ def test_the_plan_command_reads_it(
     layers = PUBLISHED[name].text_encoder["num_hidden_layers"]
     counts = counted(PUBLISHED[name].unet)
     assert len(picked) == {"attention": counts.attention, "all": counts.everything}[preset] + 6 * layers
+
+
+def test_the_recipe_of_v_fits_the_published_config(
+    name: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """recipes/sd21_v.yaml on the v models; on those that predict the noise it is refused, with the reason."""
+    (tmp_path / "recipes" / "pictures").mkdir(parents=True)
+    Image.new("RGB", (768, 768)).save(tmp_path / "recipes" / "pictures" / "a.png")
+    (tmp_path / "recipes" / "pictures" / "a.txt").write_text("a picture")
+    recipe = Path(__file__).parents[2] / "recipes" / "sd21_v.yaml"
+    (tmp_path / "recipes" / "sd21_v.yaml").write_text(recipe.read_text())
+    with pytest.raises(SystemExit) as caught:
+        main(["plan", str(tmp_path / "recipes" / "sd21_v.yaml"), f"model.base={base}", "--json"])
+    told = capsys.readouterr()
+    if name.endswith("-v"):
+        assert caught.value.code == 0
+        assert len(json.loads(told.out)["plan"]["targets"]) == counted(PUBLISHED[name].unet).attention
+    else:
+        assert caught.value.code == 2
+        assert "zero_terminal_snr" in told.err

@@ -18,6 +18,7 @@ from lora_kit.targeting.modules import ModuleInfo
 
 SHOWN = 40
 SHOWN_SHORT = 3
+HINTED = 5
 
 
 class MisfitError(AdapterFileError):
@@ -75,14 +76,13 @@ def fit(path: Path, layout: Layout, parts: Split, modules: Mapping[str, ModuleIn
     """
     shapes: list[str] = []
     problems = [f"{key}: unknown key" for key in parts.unknown]
+    unknown: list[str] = []
     spellings = layout.spellings(modules)
     found: dict[str, Update] = {}
     for spelling, raw in sorted(parts.updates.items()):
         name = spellings.get(spelling)
         if name is None:
-            # A guess costs a comparison with every name, so only those that will be read get one.
-            hint = did_you_mean(spelling, spellings) if len(problems) < SHOWN else ""
-            problems.append(f"{spelling}: no such module in the model.{hint}")
+            unknown.append(spelling)
             continue
         if name in found:
             problems.append(f"{spelling}: {name} is in the file twice, under two spellings")
@@ -91,6 +91,10 @@ def fit(path: Path, layout: Layout, parts: Split, modules: Mapping[str, ModuleIn
             found[name] = _built(raw, modules[name])
         except AdapterFileError as error:
             shapes.append(f"{spelling}: {error}")
+    for index, spelling in enumerate(unknown):
+        # A guess costs a comparison with every name, so only some that will be read get one.
+        hint = did_you_mean(spelling, spellings) if index < HINTED and len(shapes) < SHOWN else ""
+        problems.append(f"{spelling}: no such module in the model.{hint}")
     if shapes or problems:
         raise MisfitError(path, shapes, problems)
     return {name: found[name] for name in modules if name in found}

@@ -156,8 +156,13 @@ def _own(facts: TrainingFacts) -> dict[str, str]:
 
 
 def _base_names(facts: TrainingFacts) -> tuple[str, str]:
-    key = (facts.family.removesuffix(INPAINTING), facts.prediction_type == "v_prediction")
-    return _BASES.get(key, (facts.family, f"{facts.family}/lora"))
+    return base_names(facts.family, facts.prediction_type == "v_prediction")
+
+
+def base_names(family: str, predicts_v: bool) -> tuple[str, str]:
+    """sd-scripts' name of the base, and the ModelSpec's architecture; an inpainting model's are its generation's, and
+    other families' their name as it is."""
+    return _BASES.get((family.removesuffix(INPAINTING), predicts_v), (family, f"{family}/lora"))
 
 
 def tool_version() -> str:
