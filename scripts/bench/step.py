@@ -1,11 +1,11 @@
-"""A LoRA step at Stable Diffusion's size beside its floor: the frozen network's forward and its backward to the activations.
+"""A LoRA step at Stable Diffusion's size beside its floor: the frozen network's forward, and backward to activations.
 
     python scripts/bench/step.py [--bases sd1,sd2] [--pixels 256] [--targets attention,all-linear,all] [--rounds 7]
     python scripts/bench/step.py --quick        does it run at all? Its figures mean nothing
 
-The UNet is built from the published config with random weights, in bf16, channels last. In turn, `rounds` times: the floor
-(adapters off, latents that want a gradient), PEFT's own layers, and ours, each with fp32 factors of rank 16, clipping and
-AdamW. Medians; the ratio of each round's own three is what is compared.
+The UNet is built from the published config with random weights, in bf16, channels last. In turn, `rounds` times: the
+floor (adapters off, latents that want a gradient), PEFT's own layers, and ours, each with fp32 factors of rank 16,
+clipping and AdamW. Medians; the ratios are of each round's own three.
 """
 
 from __future__ import annotations
@@ -56,9 +56,8 @@ class Times(NamedTuple):
 
 def main() -> None:
     options = _options()
-    print(
-        "| base | pixels | targets | modules | floor, s | PEFT | joined | joined / PEFT |\n|---|---|---|---|---|---|---|---|"
-    )
+    print("| base | pixels | targets | modules | floor, s | PEFT | joined | joined / PEFT |")
+    print("|---|---|---|---|---|---|---|---|")
     for base in options.bases.split(","):
         for preset in options.targets.split(","):
             network = _network(base, options.quick)
