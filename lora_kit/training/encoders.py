@@ -36,7 +36,9 @@ def load_encoders(recipe: Recipe) -> ModelBundle:
 
 
 def trains_text_encoder(recipe: Recipe, bundle: ModelBundle) -> bool:
-    """Whether the recipe's rules pick anything of the text encoder."""
+    """Whether the recipe's rules pick anything of the text encoder, or there are tokens to learn in it."""
+    if recipe.tokens:
+        return True
     plan = make_plan(recipe.targets, module_tree(bundle.components))
     return any(target.module.component == "text_encoder" for target in plan.targets)
 
