@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, LDMTextToImagePipeline, VQModel
+from safetensors.torch import save_file
 from text2im_samples import small_bert_tokenizer, small_text2im
 
 from lora_kit.errors import ModelError
@@ -189,6 +190,13 @@ def test_a_published_tokenizers_vocabulary_is_read_as_the_pipeline_reads_it(
     theirs = _theirs(folder).tokenizer
     assert found.tokenizer(CAPTIONS).input_ids == theirs(CAPTIONS).input_ids
     assert found.tokenizer.get_vocab() == vocabulary
+
+
+def test_its_single_file_is_named_and_the_folder_asked_for(tmp_path: Path) -> None:
+    names = ("model.diffusion_model.out.2.bias", "cond_stage_model.transformer.token_emb.emb.weight")
+    save_file({name: torch.zeros(4, 4) for name in names}, tmp_path / "ldm.safetensors")
+    with pytest.raises(ModelError, match="is an LDM text-to-image checkpoint; give its diffusers folder instead"):
+        load_bundle(ModelSection(base=str(tmp_path / "ldm.safetensors")))
 
 
 def _edit(name: str, **values: object) -> Callable[[Path], None]:
