@@ -39,7 +39,7 @@ def fuse(model: Model, keep: Keep = "cpu") -> FuseReport:
     "none" holds a sha256 of each, and `unfuse` reads the originals from a base that it is given.
 
     Raises TargetError, before anything is changed, if nothing is live, the adapters are fused already, a PEFT
-    adapter that lora_kit did not inject is active, or a weight would overflow fp16.
+    adapter that lora_kit did not inject is active, a weight is quantised, or one would overflow fp16.
     """
     networks = components_of(model)
     require_unfused(networks)
@@ -49,6 +49,7 @@ def fuse(model: Model, keep: Keep = "cpu") -> FuseReport:
         raise TargetError("there is no adapter to fuse; load_adapter or inject one first.")
     layers = live_layers(networks)
     _check_foreign(networks, layers)
+    _check_quantised(layers)
     _check_overflow(layers)
     for component, network in networks.items():
         own = {name.partition(".")[2]: _top(layer) for name, layer in layers.items() if _is_in(name, component)}
@@ -166,6 +167,16 @@ def _check_foreign(networks: Mapping[str, nn.Module], layers: Mapping[str, LiveL
         raise TargetError(
             f"{', '.join(foreign)}: was not put in by lora_kit, and may be more than it would fuse. Unload it first, "
             "or load its file with load_adapter."
+        )
+
+
+def _check_quantised(layers: Mapping[str, LiveLayer]) -> None:
+    """A weight in 4 or 8 bits cannot take a ΔW: most of it would be rounded away."""
+    found = [name for name, layer in layers.items() if not cast(Tensor, layer.base.weight).is_floating_point()]
+    if found:
+        raise TargetError(
+            f"{len(found)} weights are quantised ({', '.join(found[:3])}) and cannot take an adapter in. Nothing was "
+            "fused; load the base in fp32, bf16 or fp16 for it, or merge the adapter's file into it (`lora-kit merge`)."
         )
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from lora_kit.adapters.formats import cloneofsimo, diffusers
+from lora_kit.adapters.formats.bundled import take_bundled, without_bundled
 from lora_kit.adapters.formats.cloneofsimo import CloneOfSimo
 from lora_kit.adapters.formats.container import open_safetensors
 from lora_kit.adapters.formats.diffusers import Diffusers
@@ -44,11 +45,11 @@ def read_raw(path: Path) -> RawAdapter:
     layout, tensors, metadata = _contents(path)
     if isinstance(layout, Diffusers | Peft):
         tensors = outputs_first(tensors)
+    embeddings = take_bundled(path, tensors)
     _refuse_twice(path, layout, tensors)
     _refuse_integers(path, layout, tensors)
-    embeddings: dict[str, Tensor] = {}
     if isinstance(layout, CloneOfSimo):
-        embeddings = {token: tensors.pop(token) for token in cloneofsimo.tokens(metadata, list(tensors))}
+        embeddings |= {token: tensors.pop(token) for token in cloneofsimo.tokens(metadata, list(tensors))}
     return RawAdapter(layout, split(layout, tensors, metadata), metadata, embeddings)
 
 
@@ -80,7 +81,7 @@ def _contents(path: Path) -> tuple[Layout, dict[str, Tensor], dict[str, str]]:
     with open_safetensors(path) as file:
         keys = [entry.name for entry in file.header.entries]
         metadata = file.header.metadata
-        layout = _described(path, recognise(path, keys), keys, metadata)  # before gigabytes are read
+        layout = _described(path, recognise(path, without_bundled(keys)), keys, metadata)  # before gigabytes are read
         return layout, file.tensors(), metadata
 
 

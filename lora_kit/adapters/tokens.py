@@ -20,6 +20,11 @@ from lora_kit.errors import AdapterFileError, TargetError
 TEXT_ENCODER = "text_encoder"
 
 
+def token_names(token: str, vectors: int) -> list[str]:
+    """What the tokenizer knows a token's vectors as, in diffusers' spelling: `<cat>`, `<cat>_1`, …"""
+    return [token, *(f"{token}_{index}" for index in range(1, vectors))]
+
+
 def check_tokens(model: Model, networks: Mapping[str, nn.Module], embeddings: Mapping[str, Tensor]) -> None:
     """Raise AdapterFileError listing every learned token that cannot be put in; nothing is changed."""
     if not embeddings:
@@ -33,11 +38,12 @@ def check_tokens(model: Model, networks: Mapping[str, nn.Module], embeddings: Ma
     width, known = _bare_embedding(network).embedding_dim, tokenizer.get_vocab()
     problems: list[str] = []
     for token, vector in embeddings.items():
-        if vector.shape not in ((width,), (1, width)):
-            problems.append(f"{token}: its vector is {list(vector.shape)}; the text encoder takes [{width}]")
+        if vector.ndim not in (1, 2) or vector.shape[-1] != width or not len(vector):
+            takes = f"the text encoder takes [{width}] or [n, {width}]"
+            problems.append(f"{token}: its vectors are {list(vector.shape)}; {takes}")
         elif not bool(torch.isfinite(vector).all()):
             problems.append(f"{token}: holds NaN or infinite values")
-        if token in known:
+        if known.keys() & set(token_names(token, len(vector) if vector.ndim == 2 else 1)):
             problems.append(f"{token}: the tokenizer has a token of that name already")
     if problems:
         raise AdapterFileError("\n  ".join(["the learned tokens do not fit; nothing was loaded:", *problems]))
@@ -53,7 +59,9 @@ def add_tokens(
     record = start_record(network)
     if record.tokens is None:
         record.tokens = Tokens(_tokenizer(model), _bare_embedding(network))
-    record.tokens.learned[adapter_name] = {token: vector.flatten() for token, vector in embeddings.items()}
+    record.tokens.learned[adapter_name] = {
+        name: row for token, vectors in embeddings.items() for name, row in _rows(token, vectors).items()
+    }
     _rebuild(model, network, record.tokens)
 
 
@@ -76,6 +84,12 @@ def remove_tokens(model: Model, networks: Mapping[str, nn.Module], adapter_name:
     _rebuild(model, network, tokens)
     if not tokens.learned:
         record_of(network).tokens = None
+
+
+def _rows(token: str, vectors: Tensor) -> dict[str, Tensor]:
+    """[width] or [n, width] → each vector by the name the tokenizer has for it."""
+    rows = vectors.reshape(-1, vectors.shape[-1])
+    return dict(zip(token_names(token, len(rows)), rows, strict=True))
 
 
 def _rebuild(model: Model, network: nn.Module, tokens: Tokens) -> None:

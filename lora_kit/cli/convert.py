@@ -48,8 +48,8 @@ def command(
     state = _state(file, raw, base, to)
     wanted = torch_dtype(dtype) if dtype else None
     state, said = _holdable(state, to, cut, wanted, base)
-    _check_tokens(state, tokens)
-    write_adapter(out, state._replace(embeddings={}), to, wanted, captions)
+    _check_tokens(state, to, tokens)
+    write_adapter(out, state._replace(embeddings={}) if tokens is not None else state, to, wanted, captions)
     if tokens is not None:
         _write_tokens(tokens, state)
     how = f"cast to {dtype}" if dtype else "those not named below bit for bit" if said else "bit for bit"
@@ -128,10 +128,10 @@ def _weights(base: str) -> WeightOf:
     return weight_of
 
 
-def _check_tokens(state: AdapterState, folder: Path | None) -> None:
-    if state.embeddings and folder is None:
+def _check_tokens(state: AdapterState, to: str, folder: Path | None) -> None:
+    if state.embeddings and folder is None and to != "kohya":
         raise AdapterFileError(
-            f"the file also has learned tokens ({', '.join(state.embeddings)}), which no adapter layout holds. "
+            f"the file also has learned tokens ({', '.join(state.embeddings)}), which {to}'s layout does not hold. "
             "Pass --tokens FOLDER to write each into a file of its own, for `load_textual_inversion`."
         )
     if folder is not None and not state.embeddings:
@@ -141,7 +141,7 @@ def _check_tokens(state: AdapterState, folder: Path | None) -> None:
 def _write_tokens(folder: Path, state: AdapterState) -> None:
     """One file a token, under the token as its key: what diffusers' `load_textual_inversion` reads."""
     from lora_kit.adapters.formats.container import write_safetensors
+    from lora_kit.recipe.tokens import file_stem
 
-    for index, (token, vectors) in enumerate(state.embeddings.items()):
-        plain = "".join(letter for letter in token if letter.isalnum() or letter in "-_") or f"token-{index}"
-        write_safetensors(folder / f"{plain}.safetensors", {token: vectors}, {})
+    for token, vectors in state.embeddings.items():
+        write_safetensors(folder / f"{file_stem(token)}.safetensors", {token: vectors}, {})

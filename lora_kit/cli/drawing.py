@@ -11,6 +11,7 @@ import typer
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from lora_kit.adapters.token_files import read_embedding
 from lora_kit.cli.options import AdapterOption, DtypeName, parse_size, torch_dtype
 from lora_kit.errors import RecipeError
 from lora_kit.files import write_atomically
@@ -21,13 +22,25 @@ from lora_kit.recipe import ModelSection
 
 
 def open_base(
-    base: ModelSection, adapters: Sequence[AdapterOption], dtype: DtypeName | None, rules: Sequence[str] = ()
+    base: ModelSection,
+    adapters: Sequence[AdapterOption],
+    dtype: DtypeName | None,
+    rules: Sequence[str] = (),
+    embeddings: Sequence[str] = (),
 ) -> Prepared:
-    """Load the base with the adapters, telling warnings on stderr."""
-    prepared = prepare(base, [option.path for option in adapters], torch_dtype(dtype) if dtype else None, rules)
+    """Load the base with the adapters and learned tokens, telling warnings on stderr."""
+    files = [option.path for option in adapters]
+    tokens = [read_embedding(Path(file), token) for token, file in map(_token_and_file, embeddings)]
+    prepared = prepare(base, files, torch_dtype(dtype) if dtype else None, rules, tokens)
     for warning in prepared.warnings:
         typer.echo(f"warning: {warning}", err=True)
     return prepared
+
+
+def _token_and_file(text: str) -> tuple[str, str]:
+    """`FILE` or `TOKEN=FILE`; a file of that whole name goes first."""
+    token, equals, file = text.partition("=")
+    return (token, file) if equals and not Path(text).exists() else ("", text)
 
 
 def fitted_inputs(prepared: Prepared, prompt: Sequence[str] | None, inputs: Inputs) -> Inputs:
@@ -73,7 +86,9 @@ def save_png(image: Image.Image, path: Path, facts: dict[str, str]) -> None:
     write_atomically(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=chunks))
 
 
-def facts_of(base: str, settings: SamplingSettings, rules: Sequence[str] = ()) -> dict[str, str]:
+def facts_of(
+    base: str, settings: SamplingSettings, rules: Sequence[str] = (), embeddings: Sequence[str] = ()
+) -> dict[str, str]:
     """What every picture of a command has in common, for its PNG."""
     return {
         "base": base,
@@ -85,4 +100,11 @@ def facts_of(base: str, settings: SamplingSettings, rules: Sequence[str] = ()) -
         "size": f"{settings.width}x{settings.height}",
         "long_prompts": settings.long_prompts,
         **({"scale_rules": json.dumps(rules)} if rules else {}),
+        **({"embeddings": json.dumps([_shown_embedding(text) for text in embeddings])} if embeddings else {}),
     }
+
+
+def _shown_embedding(text: str) -> str:
+    """The option without the folder."""
+    token, file = _token_and_file(text)
+    return f"{token}={Path(file).name}" if token else Path(file).name

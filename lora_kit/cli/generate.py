@@ -11,6 +11,7 @@ import typer
 
 from lora_kit.cli.options import (
     BLOCK_WEIGHTS_HELP,
+    EMBEDDING_HELP,
     LONG_PROMPTS_HELP,
     PREDICTION_HELP,
     SCALE_HELP,
@@ -43,6 +44,7 @@ def command(
     adapter: Annotated[list[str] | None, typer.Option(help="FILE or FILE:SCALE. May be given several times.")] = None,
     scale: Annotated[list[str] | None, typer.Option(help=SCALE_HELP)] = None,
     block_weights: Annotated[str | None, typer.Option(help=BLOCK_WEIGHTS_HELP)] = None,
+    embedding: Annotated[list[str] | None, typer.Option(help=EMBEDDING_HELP)] = None,
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
     seed: Annotated[int, typer.Option(min=0, help="Seed of each prompt's first picture; the next has the next.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="Pictures for each prompt.")] = 1,
@@ -86,7 +88,7 @@ def command(
         long_prompts=long_prompts,
     )
     inputs = read_inputs(pictures.images, pictures.masks) if pictures.images else None
-    prepared = open_base(base_section(base, prediction_type, tokenizer), adapters, dtype, rules)
+    prepared = open_base(base_section(base, prediction_type, tokenizer), adapters, dtype, rules, embedding or ())
     inputs = fitted_inputs(prepared, prompt, inputs)
     settings = settings_for(prepared, size, asked, inputs)
     warn_of_long_prompts(prepared, [*prompts, negative], settings)
@@ -99,7 +101,7 @@ def command(
             "seed": str(picture.seed),
             "adapters": used,
             "prediction_type": prepared.bundle.prediction_type,
-            **facts_of(base, settings, rules),
+            **facts_of(base, settings, rules, embedding or ()),
             **pictures.facts(),
         }
         save_png(picture.image, path, facts)

@@ -10,6 +10,7 @@ import typer
 
 from lora_kit.cli.options import (
     BLOCK_WEIGHTS_HELP,
+    EMBEDDING_HELP,
     LONG_PROMPTS_HELP,
     PREDICTION_HELP,
     SCALE_HELP,
@@ -47,6 +48,7 @@ def command(
     seeds: Annotated[str, typer.Option(help="Seeds; each prompt has a row for each.")] = "0",
     scale: Annotated[list[str] | None, typer.Option(help=SCALE_HELP)] = None,
     block_weights: Annotated[str | None, typer.Option(help=BLOCK_WEIGHTS_HELP)] = None,
+    embedding: Annotated[list[str] | None, typer.Option(help=EMBEDDING_HELP)] = None,
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
     steps: Annotated[int, typer.Option(min=1, help="Sampler steps.")] = 25,
     guidance: Annotated[float, typer.Option(min=0, help="Classifier-free guidance; 1 or less turns it off.")] = 7.5,
@@ -89,7 +91,7 @@ def command(
         long_prompts=long_prompts,
     )
     inputs = read_inputs(pictures.images, pictures.masks) if pictures.images else None
-    prepared = open_base(base_section(base, prediction_type, tokenizer), adapters, dtype, rules)
+    prepared = open_base(base_section(base, prediction_type, tokenizer), adapters, dtype, rules, embedding or ())
     inputs = fitted_inputs(prepared, prompt, inputs)
     settings = settings_for(prepared, size, asked, inputs)
     warn_of_long_prompts(prepared, [*prompts, negative], settings)
@@ -101,5 +103,5 @@ def command(
         "prediction_type": prepared.bundle.prediction_type,
         "adapters": json.dumps([option.path.name for option in adapters]),
     }
-    save_png(sheet, out, facts | facts_of(base, settings, rules) | pictures.facts())
+    save_png(sheet, out, facts | facts_of(base, settings, rules, embedding or ()) | pictures.facts())
     typer.echo(str(out))

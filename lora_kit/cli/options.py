@@ -18,6 +18,10 @@ DtypeName = Literal["fp32", "bf16", "fp16"]
 LongPrompts = Literal["cut", "chunks"]
 LONG_PROMPTS_HELP = "Prompts of more than 75 tokens: cut their end off, or encode them in chunks, as web UIs do."
 
+EMBEDDING_HELP = (
+    "Learned token (textual inversion): FILE, or TOKEN=FILE to name it anew; prompts say the token. May be given "
+    "several times."
+)
 PredictionName = Literal["epsilon", "v_prediction", "sample"]
 PREDICTION_HELP = "What the base predicts. Default: what it says itself; a single file of SD2 may not say it."
 TOKENIZER_HELP = "Folder or hub id of the CLIP tokenizer, for a single file, which carries none."

@@ -30,6 +30,7 @@ def command(
     from lora_kit.cli.plan_buckets import bucket_json, bucket_lines, bucket_table
     from lora_kit.cli.plan_facts import memory, steps
     from lora_kit.cli.plan_sources import data_facts, source_json, source_lines, source_table
+    from lora_kit.cli.plan_tokens import token_json, token_lines
     from lora_kit.models.adapter_layouts import layout_for
     from lora_kit.models.outline import read_outline
     from lora_kit.recipe.inpainting import check_inpainting
@@ -51,7 +52,7 @@ def command(
         from lora_kit.training.start import starting_updates
 
         path = Path(loaded.model.adapter)
-        starting_updates(path, read_raw(path), {module.name: module for module in base.tree}, plan)
+        starting_updates(path, read_raw(path), {module.name: module for module in base.tree}, plan, base.family)
     _check_optimizer(loaded)
     rates = module_rates(plan, loaded.optimizer)
     data = data_facts(loaded.data)
@@ -65,6 +66,7 @@ def command(
             "trainable_parameters": plan.trainable_parameters,
             "plan": plan_to_json(plan),
             "learning_rates": rates,
+            "tokens": token_json(loaded),
             "data": source_json(data.survey),
             "buckets": bucket_json(held) if held else None,
             "steps": length._asdict(),
@@ -75,11 +77,15 @@ def command(
     from rich.console import Console
 
     console = Console(highlight=False)
-    console.print(plan_table(plan))
+    if plan.targets:
+        console.print(plan_table(plan))
     console.print(source_table(data.survey))
     if held:
         console.print(bucket_table(held))
-    console.print(_rates_line(rates, loaded.optimizer.lr_ratio), soft_wrap=True)
+    if rates:
+        console.print(_rates_line(rates, loaded.optimizer.lr_ratio), soft_wrap=True)
+    for line in token_lines(loaded):
+        console.print(line, markup=False, soft_wrap=True)
     lines = (*source_lines(data.survey), *(bucket_lines(held) if held else ()))
     for line in (*lines, _steps_line(length), *_memory_lines(bytes_held)):
         console.print(line, markup=False, soft_wrap=True)

@@ -36,8 +36,8 @@ def tell(losses: Sequence[ModuleLoss], notes: Sequence[str], out: Path, as_json:
 def token_notes(opened: Sequence[OpenedAdapter]) -> list[str]:
     """A note for each file with learned tokens, which belong to no module and are not written."""
     return [
-        f"{one.path.name}: its learned tokens ({', '.join(one.state.embeddings)}) are left out, as kohya's layout "
-        "holds none; `lora-kit convert --tokens` saves them"
+        f"{one.path.name}: its learned tokens ({', '.join(one.state.embeddings)}) are left out; "
+        "`lora-kit convert --tokens` saves them"
         for one in opened
         if one.state.embeddings
     ]

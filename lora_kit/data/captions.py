@@ -15,6 +15,7 @@ from typing import NamedTuple
 from lora_kit.data.records import Record, name_some
 from lora_kit.data.wildcards import Choose, all_expansions, expand, is_balanced
 from lora_kit.recipe import CaptionRules, DataSection
+from lora_kit.recipe.templates import HOLE, sentences
 
 _MANTISSA = 1 << 53
 _WORD_WITH_UNDERSCORE = re.compile(r"[^\s,]*_[^\s,]*")
@@ -50,14 +51,14 @@ class Captioner:
 
     def caption(self, record: Record, chances: CaptionChances | None = None) -> str:
         """The caption as this sample is told it. Without `chances` nothing is drawn: `CaptionRules` says what then."""
-        return self._triggered(record, caption_of(captions_of(record), self._rules(record), chances))
+        return self._triggered(record, caption_of(self._texts(record), self._rules(record), chances))
 
     def longest(self, record: Record) -> list[str]:
         """Each of the record's captions with all its tags and, by letters, the longest choice of every wildcard.
 
         What to count over-long captions by.
         """
-        return [self._triggered(record, text) for text in longest_captions(captions_of(record), self._rules(record))]
+        return [self._triggered(record, text) for text in longest_captions(self._texts(record), self._rules(record))]
 
     def possible(self, record: Record, limit: int) -> list[str] | None:
         """All captions that `caption` can give, the plain one first; with a limit of 1, the one that never varies.
@@ -65,7 +66,7 @@ class Captioner:
         None if there are more than `limit` ways to choose wildcards or captions, or tags are shuffled or dropped.
         The empty one of `data.caption_dropout` is not among them.
         """
-        texts = possible_captions(captions_of(record), self._rules(record), limit)
+        texts = possible_captions(self._texts(record), self._rules(record), limit)
         return None if texts is None else [self._triggered(record, text) for text in texts]
 
     def notices(self, records: Sequence[Record]) -> list[str]:
@@ -79,12 +80,23 @@ class Captioner:
         rules = self._rules(record)
         if not rules.wildcards:
             return True
-        return all(map(is_balanced, (rules.prefix, rules.suffix, *variants(captions_of(record), rules))))
+        return all(map(is_balanced, (rules.prefix, rules.suffix, *variants(self._texts(record), rules))))
 
     def _rules(self, record: Record) -> CaptionRules:
         return self._sources[record.source].captions or self._own
 
+    def _texts(self, record: Record) -> tuple[str, ...]:
+        """The record's captions, or the templates that stand for them."""
+        if not self._is_told_by_template(record):
+            return captions_of(record)
+        return tuple(text.replace(HOLE, self._trigger) for text in sentences(self._rules(record)))
+
+    def _is_told_by_template(self, record: Record) -> bool:
+        return bool(self._rules(record).templates) and not record.is_regularisation
+
     def _triggered(self, record: Record, text: str) -> str:
+        if self._is_told_by_template(record):
+            return text  # which has the trigger in it
         asked = self._rules(record).trigger
         is_put = not record.is_regularisation if asked is None else asked
         return f"{self._trigger if is_put else ''} {text}".strip()

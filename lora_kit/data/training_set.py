@@ -137,12 +137,11 @@ class TrainingSet(Dataset[Sample]):
         """All pictures as RGB squares of `resolution`, centre crop, in the records' order. Opens the files."""
         return [square_picture(read_picture(record).image, self.section.resolution) for record in self.records]
 
-    def ignore_captions(self) -> None:
-        """Take the captions from the records, for a model that reads none; told once if there were any."""
+    def ignore_captions(self) -> int:
+        """Take the captions from the records, for a model that reads none; how many pictures had one."""
         count = sum(bool(record.caption) for record in self.records)
-        if count:
-            self.notices.append(f"The base reads no text: the captions of {count} pictures are ignored.")
         self.records = [replace(record, caption="", captions=()) for record in self.records]
+        return count
 
     def drop(self, broken: Mapping[int, str]) -> None:
         """Leave out the records at these indices, for these reasons. Raises DataError if none remains."""

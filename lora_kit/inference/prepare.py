@@ -10,6 +10,8 @@ import torch
 
 from lora_kit.adapters import AdapterState, apply_scales, family_of, load_adapter, read_raw
 from lora_kit.adapters.state import adaptable_modules
+from lora_kit.adapters.token_files import Embedding
+from lora_kit.adapters.tokens import add_tokens, check_tokens
 from lora_kit.inference.sampling import SamplingSettings
 from lora_kit.inference.schedules import follow_schedules, settle_prediction
 from lora_kit.merging.other_family import fitted_to
@@ -32,15 +34,20 @@ class Prepared(NamedTuple):
 
 
 def prepare(
-    base: str | ModelSection, files: Sequence[Path], dtype: torch.dtype | None = None, rules: Sequence[str] = ()
+    base: str | ModelSection,
+    files: Sequence[Path],
+    dtype: torch.dtype | None = None,
+    rules: Sequence[str] = (),
+    embeddings: Sequence[Embedding] = (),
 ) -> Prepared:
     """Load `base` and put the adapter files' layers in, all at strength 1 until `scale_adapters`.
 
     On the GPU if there is one. `dtype` None: fp16 on a GPU, fp32 on a CPU; the VAE is fp32 always (SD's overflows in
     fp16). Warns about files that say they were trained on another family or base; that is allowed where the shapes
     fit. What a header says of prediction and zero terminal SNR is followed, with a warning. `rules`: strengths per
-    module for all files alike, `glob=number` or block weights (`targeting.block_scales`). Raises ModelError,
-    AdapterFileError, or RecipeError for a rule that is wrong or matches no adapted module.
+    module for all files alike, `glob=number` or block weights (`targeting.block_scales`). embeddings: learned tokens
+    that prompts may say, whatever the strengths. Raises ModelError, AdapterFileError, or RecipeError for a rule that is
+    wrong or matches no adapted module.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     raws = [read_raw(path) for path in files]
@@ -60,7 +67,15 @@ def prepare(
     names = tuple(f"adapter_{index}" for index in range(len(files)))
     for name, state in zip(names, states, strict=True):
         load_adapter(bundle, state, name)
+    _add_embeddings(bundle, embeddings)
     return Prepared(bundle, names, tuple(warnings), shares)
+
+
+def _add_embeddings(bundle: ModelBundle, embeddings: Sequence[Embedding]) -> None:
+    """Put tokens from files of their own in, one after the other, so that two of a name are refused."""
+    for index, (token, vectors) in enumerate(embeddings):
+        check_tokens(bundle, bundle.components, {token: vectors})
+        add_tokens(bundle, bundle.components, f"embedding_{index}", {token: vectors})
 
 
 def _shares(bundle: ModelBundle, states: Sequence[AdapterState], rules: Sequence[str]) -> dict[str, float]:

@@ -35,6 +35,8 @@ def layout_for(section: SaveSection, family: str, methods: Collection[str]) -> L
     no_kohya = kohya_problem(family)
     if layout == "kohya" and no_kohya is not None:
         raise RecipeError(f"save.format: {no_kohya}")
+    if section.bundle_tokens and layout != "kohya":
+        raise RecipeError(f"save.bundle_tokens: the {layout} layout holds no tokens; remove it.")
     if problem := layout_problem(layout, methods, has_kohya=no_kohya is None):
         raise RecipeError(f"save.format: {problem}")
     return layout

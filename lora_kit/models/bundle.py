@@ -148,7 +148,8 @@ class ModelBundle:
     @property
     def components(self) -> dict[str, nn.Module]:
         """The networks that rules can pick from, by the name a rule starts with."""
-        return {"unet": self.unet} | ({"text_encoder": self.text_encoder} if self.has_text else {})
+        found: dict[str, nn.Module] = {"unet": self.unet}
+        return found | ({"text_encoder": self.text_encoder} if self.has_text else {})
 
     @property
     def has_text(self) -> bool:

@@ -55,13 +55,13 @@ def degraded(
 
 def drawn_kernel(section: DegradationSection, place: float) -> Kernel:
     """The kernel at `place` in 0..1 of the weights laid end to end."""
-    weighed = {kernel: weight for kernel, weight in section.kernels.items() if weight}
+    weighed: dict[Kernel, float] = {kernel: weight for kernel, weight in section.kernels.items() if weight}
     reached, total = 0.0, sum(weighed.values())
     for kernel, weight in weighed.items():
         reached += weight / total
         if place < reached:
             return kernel
-    return next(reversed(weighed))  # the sum may end a rounding below 1
+    return list(weighed)[-1]  # the sum may end a rounding below 1
 
 
 def compressed(picture: Image.Image, quality: int) -> Image.Image:

@@ -14,7 +14,7 @@ from lora_kit.models.bundle import Family, ModelBundle
 from lora_kit.models.family_names import fills_masks
 from lora_kit.models.inpainting import FillsMasks
 from lora_kit.models.picture_inputs import PictureInputs
-from lora_kit.models.text_states import PaddedStates, chunk_ids, join_states
+from lora_kit.models.text_states import PaddedStates, chunk_ids, expand_tokens, join_states
 from lora_kit.recipe.captions import LongText
 from lora_kit.recipe.inpainting import check_inpainting
 from lora_kit.recipe.without_text import check_with_text
@@ -88,7 +88,7 @@ class StableDiffusion:
     def _cut(self, bundle: ModelBundle, captions: list[str]) -> Tensor:
         tokenizer = _tokenizer(bundle)
         tokens: Any = tokenizer(
-            captions,
+            expand_tokens(tokenizer, captions),
             padding="max_length",
             max_length=self.token_limit(bundle),
             truncation=True,
@@ -107,7 +107,7 @@ class StableDiffusion:
     def truncated(self, bundle: ModelBundle, captions: list[str]) -> int:
         """How many captions are longer than the text encoder reads, so that `condition` cuts their end off."""
         limit = self.token_limit(bundle)
-        encoded: Any = _tokenizer(bundle)(captions, truncation=False, verbose=False)
+        encoded: Any = _tokenizer(bundle)(expand_tokens(_tokenizer(bundle), captions), truncation=False, verbose=False)
         return sum(len(ids) > limit for ids in encoded.input_ids)
 
     def predict(

@@ -16,6 +16,7 @@ from lora_kit.models.first_stage import vae_factor
 from lora_kit.models.masks import mask_for
 from lora_kit.models.picture_inputs import PictureInputs, image_pixels, mask_pixels, picture_inputs
 from lora_kit.recipe.inpainting import InpaintingSection, check_inpainting
+from lora_kit.recipe.without_text import check_with_text
 
 if TYPE_CHECKING:
     from lora_kit.recipe import Recipe
@@ -38,6 +39,7 @@ class FillsMasks:
     def for_recipe(self, recipe: Recipe) -> Family:
         """The family with the recipe's section `inpainting`."""
         check_inpainting(recipe, self.name, fills=True)
+        check_with_text(recipe)
         return cast(Family, type(self)(recipe.inpainting))
 
     @torch.no_grad()

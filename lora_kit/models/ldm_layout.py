@@ -62,7 +62,7 @@ class LdmCheckpoint:
     def text_encoder(self, dtype: torch.dtype) -> CLIPTextModel:
         """As in Layout."""
         with init_empty_weights():
-            network = CLIPTextModel(self.configs().text_encoder)
+            network = CLIPTextModel(cast(CLIPTextConfig, self.configs().text_encoder))
         return self._filled(network, "text_encoder", dtype)
 
     def tokenizer(self) -> CLIPTokenizer:

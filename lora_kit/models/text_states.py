@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -32,12 +33,27 @@ def join_states(states: Sequence[Tensor]) -> Tensor | PaddedStates:
     return PaddedStates(padded, torch.arange(longest, device=padded.device) < lengths[:, None])
 
 
+def expand_tokens(tokenizer: Any, captions: Sequence[str]) -> list[str]:
+    """Captions with each learned token of n vectors written out: `<cat>` → `<cat> <cat>_1 … <cat>_(n-1)`.
+
+    The names are those of diffusers' TextualInversionLoaderMixin. Captions that were written out already stay.
+    """
+    added: Any = tokenizer.added_tokens_encoder
+    for token in [name for name in added if f"{name}_1" in added]:
+        count = next(n for n in range(1, len(added) + 1) if f"{token}_{n}" not in added)
+        spelt = " ".join([token, *(f"{token}_{index}" for index in range(1, count))])
+        pattern = re.compile(rf"{re.escape(token)}(?!_\d| {re.escape(token)}_1)", re.IGNORECASE)
+        captions = [pattern.sub(lambda _, text=spelt: text, caption) for caption in captions]
+    return list(captions)
+
+
 def chunk_ids(tokenizer: Any, captions: Sequence[str], length: int) -> list[list[list[int]]]:
     """Each caption's token ids in chunks of `length`, as the tokenizer would write them: start, content, end, padding.
 
     A caption without words is one chunk. Content is cut every `length` - 2 tokens, in the middle of a word if need be.
     """
-    encoded: Any = tokenizer(list(captions), add_special_tokens=False, truncation=False, verbose=False)
+    written = expand_tokens(tokenizer, captions)
+    encoded: Any = tokenizer(written, add_special_tokens=False, truncation=False, verbose=False)
     return [[_chunk(tokenizer, part, length) for part in _parts(ids, length - 2)] for ids in encoded.input_ids]
 
 

@@ -20,6 +20,7 @@ from lora_kit.recipe.sections import (
     SplitSection,
     TargetRule,
     TimestepSection,
+    TokenSection,
     TrainSection,
     ValidationSection,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "SplitSection",
     "TargetRule",
     "TimestepSection",
+    "TokenSection",
     "TrainSection",
     "ValidationSection",
     "describe_lookup",

@@ -19,6 +19,8 @@ PathText = Annotated[str, Field(min_length=1)]
 Method = Literal["lora", "rslora", "dora", "loha", "lokr", "oft", "boft", "diff", "full"]
 Precision = Literal["fp32", "bf16", "fp16"]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
+EMBEDDING_FILES = (".safetensors", ".pt", ".bin")
+"""What a learned token's file may end in."""
 
 
 class Section(BaseModel):

@@ -49,6 +49,10 @@ class CaptionRules(Section):
     sentences."""
     tag_dropout: Fraction = 0.0
     """Probability that one of the other tags is left out, each by itself. 0.1 keeps tags from leaning on each other."""
+    templates: Literal["object", "style"] | list[str] = Field(default=[])
+    """Instead of the pictures' own captions: sentences such as `a photo of {}`, one drawn anew each epoch, with
+    `data.trigger` in place of `{}`. For learning a word (`tokens`), as textual inversion does. `object` and `style` are
+    lists that come with lora_kit. Pictures then need no captions; regularisation pictures keep theirs."""
     prefix: str = ""
     """Put before the caption, a space between, after `data.trigger`."""
     suffix: str = ""

@@ -10,9 +10,10 @@ from lora_kit.recipe.inpainting import inpainting_problems
 from lora_kit.recipe.methods import WITH_UP_AND_DOWN
 from lora_kit.recipe.objective import prediction_problems
 from lora_kit.recipe.quantize import quantize_problems
-from lora_kit.recipe.rules import PresetRules, TargetRule
+from lora_kit.recipe.rules import PresetRules, TargetRule, listed
 from lora_kit.recipe.save import layout_problem
 from lora_kit.recipe.schedule import schedule_problems
+from lora_kit.recipe.tokens import token_problems
 from lora_kit.recipe.validation import result_problems, validation_problems
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def recipe_problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _begins_at_adapter(recipe)
     yield from _begins_twice(recipe)
     yield from _layout(recipe)
+    yield from token_problems(recipe)
     yield from quantize_problems(recipe.model, [one for one in _placed_rules(recipe) if _trains(one.rule)])
 
 
@@ -50,7 +52,7 @@ def _placed_rules(recipe: Recipe) -> Iterator[Placed]:
     if isinstance(recipe.targets, PresetRules):
         yield from _with_followers(("targets",), recipe.targets)
         return
-    for index, item in enumerate(recipe.targets):
+    for index, item in enumerate(listed(recipe.targets)):
         yield from _with_followers(("targets", index), item)
 
 
@@ -66,6 +68,8 @@ def _trains(rule: PresetRules | TargetRule) -> bool:
 
 
 def _one_method(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.targets == "none":
+        return
     trained = [placed for placed in _placed_rules(recipe) if _trains(placed.rule)]
     if not trained:
         yield Problem(("targets",), "every rule has `exclude: true`, so nothing would be trained; add one without.")
@@ -115,7 +119,8 @@ def _averages(recipe: Recipe) -> Iterator[Problem]:
 def _lora_plus(recipe: Recipe) -> Iterator[Problem]:
     methods = _methods(recipe)
     if recipe.optimizer.lr_ratio is not None and not methods & set(WITH_UP_AND_DOWN):
-        said = f"LoRA+ sets apart up and down matrices, and `method: {', '.join(sorted(methods))}` has none; remove it."
+        methods_said = f"`method: {', '.join(sorted(methods))}` has none" if methods else "`targets: none` has none"
+        said = f"LoRA+ sets apart up and down matrices, and {methods_said}; remove it."
         yield Problem(("optimizer", "lr_ratio"), said)
 
 
@@ -129,7 +134,9 @@ def _prediction(recipe: Recipe) -> Iterator[Problem]:
 def _begins_at_adapter(recipe: Recipe) -> Iterator[Problem]:
     if recipe.model.adapter is None:
         return
-    if _methods(recipe) == {"full"}:
+    if recipe.targets == "none":
+        yield Problem(("model", "adapter"), "`targets: none` trains no adapter that could go on from it; remove it.")
+    elif _methods(recipe) == {"full"}:
         said = (
             "an adapter's weights are no beginning for `method: full`; merge it into the base first (`lora-kit merge`)"
         )

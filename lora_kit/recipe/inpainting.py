@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, model_validator
 
 from lora_kit.errors import RecipeError
-from lora_kit.recipe.base import AtLeast0, Fraction, NonNegative, Positive, Problem, Section, refuse
+from lora_kit.recipe.base import AtLeast0, Fraction, NonNegative, Positive, Problem, Section, idle, refuse
 
 if TYPE_CHECKING:
     from lora_kit.recipe.sections import Recipe
@@ -61,16 +61,19 @@ class InpaintingSection(Section):
 
     @model_validator(mode="after")
     def _agrees(self) -> InpaintingSection:
-        if self.smallest > self.largest:
-            said = f"got {self.smallest:g}, which is above `largest` = {self.largest:g}; make it at most that."
-            refuse("InpaintingSection", [Problem(("smallest",), said)])
+        refuse("InpaintingSection", _own_problems(self))
         return self
 
 
 def inpainting_problems(recipe: Recipe) -> Iterator[Problem]:
     """What of `inpainting` does not fit the recipe's other sections, whatever the base is."""
     section = recipe.inpainting
-    if section is None or section.masks != "data":
+    if section is None:
+        return
+    if recipe.validation.held_out is None:
+        for path, message in idle(section, ("shown",), "does nothing without `validation.held_out`; remove it."):
+            yield Problem(("inpainting", *path), message)
+    if section.masks != "data":
         return
     place = ("inpainting", "masks")
     if not any(_has_mask_files(source) for source in recipe.data.sources):
@@ -98,6 +101,19 @@ def check_inpainting(recipe: Recipe, family: str, fills: bool) -> None:
             f"inpainting.masks: {base} is {family}, which fills masks, and the data has masks. Say what they are: "
             "`data` (white is filled) or `drawn` (white counts in the loss, and what is filled is drawn at random)."
         )
+
+
+def _own_problems(section: InpaintingSection) -> Iterator[Problem]:
+    if section.smallest > section.largest:
+        said = f"got {section.smallest:g}, which is above `largest` = {section.largest:g}; make it at most that."
+        yield Problem(("smallest",), said)
+    if section.whole == 1:
+        why = "does nothing with `whole: 1`, which masks everything; remove it, or make `whole` less."
+        shape = ("shapes", "most", "smallest", "largest", "stroke_width")
+        yield from idle(section, (*shape, "masks") if section.masks == "data" else shape, why)
+    elif not section.shapes.strokes:
+        why = "does nothing with `shapes.strokes: 0`; remove it."
+        yield from idle(section, ("stroke_width",), why)
 
 
 def _has_masks(recipe: Recipe) -> bool:

@@ -73,6 +73,8 @@ class OptimizerSection(Section):
     whose own estimate it multiplies."""
     text_encoder_lr: Annotated[float, Field(gt=0)] | None = None
     """Learning rate of the text encoder's modules. Default: half of `lr`."""
+    token_lr: Annotated[float, Field(gt=0)] | None = None
+    """Learning rate of the vectors of `tokens`. They decay as all weights do. Default: 5e-4; with prodigy, `lr`."""
     lr_ratio: Annotated[float, Field(gt=0)] | None = None
     """LoRA+ (Hayou et al. 2024): the up matrices' rate over the down matrices', which have the rate above. The paper's
     choice is 16, with `lr` a few times lower than without. Default: both the same."""

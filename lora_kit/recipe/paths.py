@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lora_kit.errors import did_you_mean
-from lora_kit.recipe.base import Problem
+from lora_kit.recipe.base import EMBEDDING_FILES, Problem
 from lora_kit.recipe.yaml12 import Tree
 
 _VARIABLE = re.compile(r"\$(?:\$|(\w+)|\{(\w+)\})", re.ASCII)
@@ -116,6 +116,11 @@ def _places(tree: dict[str, Tree]) -> Iterator[_Place]:
     yield from _place(held_out, ("validation", "held_out"), "metadata_file")
     yield from _place(held_out, ("validation", "held_out"), "mask_folder")
     yield from _place(tree.get("train"), ("train",), "resume")
+    tokens = tree.get("tokens")
+    for index, token in enumerate(tokens if isinstance(tokens, list) else []):
+        started = token.get("initializer") if isinstance(token, dict) else None
+        if isinstance(started, str) and started.lower().endswith(EMBEDDING_FILES):  # else words
+            yield from _place(token, ("tokens", index), "initializer")
     yield from _place(tree, (), "output_dir")
 
 

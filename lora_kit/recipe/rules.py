@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, TypeAlias, cast
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
@@ -67,7 +67,9 @@ def _tag(value: object) -> str | None:
 
 
 def _form(value: object) -> str | None:
-    """A list, or one preset alone."""
+    """A list, one preset alone, or nothing."""
+    if value == "none":
+        return "<none>"
     return "<list>" if isinstance(value, list) else _tag(value)
 
 
@@ -86,13 +88,24 @@ TargetItem: TypeAlias = Annotated[
 ]
 """An item of a list under `targets:`; the mapping's own key says which."""
 Targets: TypeAlias = Annotated[
-    Annotated[PresetRules, Tag("<preset>")] | Annotated[list[TargetItem], Field(min_length=1), Tag("<list>")],
+    Annotated[PresetRules, Tag("<preset>")]
+    | Annotated[list[TargetItem], Field(min_length=1), Tag("<list>")]
+    | Annotated[Literal["none"], Tag("<none>")],
     Discriminator(_form, custom_error_type="targets", custom_error_message=_NEITHER),
     BeforeValidator(_listed),
 ]
-"""All of `targets:`: one preset, one rule, or a list of both."""
+"""All of `targets:`: one preset, one rule, a list of both, or `none`."""
 SECTION_OF_TAG: dict[str, type[Section]] = {"<preset>": PresetRules, "<rule>": TargetRule}
 """The tags that pydantic puts into error paths, and what they stand for."""
+
+
+def listed(
+    targets: PresetRules | Sequence[PresetRules | TargetRule] | Literal["none"],
+) -> list[PresetRules | TargetRule]:
+    """The presets and rules of a `targets:` section, in order."""
+    if targets == "none":
+        return []
+    return [targets] if isinstance(targets, PresetRules) else list(targets)
 
 
 def _match_problems(match: str) -> Iterator[Problem]:

@@ -30,6 +30,9 @@ class SaveSection(Section):
     `diffusers`: what its `load_lora_weights` writes, the same file. `peft`: a folder, adapter/. The last two hold
     `lora`, `rslora` and `dora` alone. Default: `kohya`, but `diffusers` for the original latent-diffusion models, for
     which kohya's has no names."""
+    bundle_tokens: bool = False
+    """Put the vectors of `tokens` into adapter.safetensors, too (`bundle_emb.…`), where A1111's web UI, Forge and
+    ComfyUI find them. diffusers refuses such a file. Default: each token has only a file of its own, in embeddings/."""
     dtype: Precision = "fp32"
     """Precision of adapter.safetensors. fp16 halves the file."""
     captions: bool = True

@@ -32,7 +32,9 @@ from lora_kit.recipe.rules import PresetName, PresetRules, TargetItem, TargetRul
 from lora_kit.recipe.save import SaveSection
 from lora_kit.recipe.schedule import ScheduleSection
 from lora_kit.recipe.sources import Alpha, SourceSection, weight_problems
+from lora_kit.recipe.templates import template_problems
 from lora_kit.recipe.timesteps import TimestepSection
+from lora_kit.recipe.tokens import TokenSection
 from lora_kit.recipe.trackers import TrackerSection
 from lora_kit.recipe.validation import EarlyStopSection, SplitSection, ValidationSection
 
@@ -62,6 +64,7 @@ __all__ = [
     "TargetRule",
     "Targets",
     "TimestepSection",
+    "TokenSection",
     "TrainSection",
     "ValidationSection",
 ]
@@ -129,6 +132,7 @@ class DataSection(CacheSection):
     def _weights_fit(self) -> DataSection:
         refuse("DataSection", weight_problems(self.sources))
         refuse("DataSection", bucket_problems(self.buckets, self.resolution, self.sources))
+        refuse("DataSection", template_problems(self.trigger, self.captions, self.sources))
         return self
 
 
@@ -173,8 +177,10 @@ class Recipe(Section):
 
     model: ModelSection = ModelSection()
     targets: Targets = PresetRules(preset="attention")
-    """What is trained: one preset, one rule, or a list of both, read in order."""
+    """What is trained: one preset, one rule, or a list of both, read in order. `none`: only `tokens`."""
     data: DataSection
+    tokens: list[TokenSection] = Field(default=[])
+    """New words that are learned as vectors of the text encoder's embedding, which otherwise stays as it is."""
     objective: ObjectiveSection = ObjectiveSection()
     degradation: DegradationSection | None = None
     """How a super-resolution model's low-resolution pictures are made. Default: bicubic downscaling; none for other

@@ -86,10 +86,10 @@ def _score_problems(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _size_problems(data: DataSection, step: int) -> Iterator[Problem]:
-    sides = [(("data", "resolution"), data.resolution)]
+    sides: list[tuple[tuple[str | int, ...], int]] = [(("data", "resolution"), data.resolution)]
     for index, source in enumerate(data.sources):
         if source.resolution is not None:
-            sides.append((("data", "sources", str(index), "resolution"), source.resolution))
+            sides.append((("data", "sources", index, "resolution"), source.resolution))
     for place, side in sides:
         if side % step:
             said = f"got {side}; this base takes sides that are multiples of {step}"

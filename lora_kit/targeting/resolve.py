@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 from lora_kit.errors import TargetError
 from lora_kit.recipe import PresetRules, TargetRule
@@ -16,19 +17,22 @@ from lora_kit.targeting.problems import rule_problems
 
 
 def make_plan(
-    targets: PresetRules | Sequence[PresetRules | TargetRule],
+    targets: PresetRules | Sequence[PresetRules | TargetRule] | Literal["none"],
     tree: Sequence[ModuleInfo],
     base_parameters: Mapping[str, int] | None = None,
 ) -> TargetPlan:
     """Let every rule pick from `tree` (see `module_tree`); the last rule that matches a module decides.
 
     `base_parameters` (parameters of each component) is for the shares shown; the tree's own sums by default.
-    A rank above the layer's own dimensions is allowed, as in PEFT: it costs memory and does no harm.
+    "none" picks nothing. A rank above the layer's own dimensions is allowed, as in PEFT: it costs memory and does no
+    harm.
 
     Raises TargetError with everything wrong at once: a pattern that cannot be read, a rule that picks nothing
     (with the nearest module names), an alternative in braces that matches nothing, an `exclude` that takes
     nothing out, a rule or whole preset that later rules shadow (with those).
     """
+    if targets == "none":
+        return TargetPlan((), (), dict(base_parameters or _sums(tree)))
     rules = flat_rules(targets)
     if not rules:
         raise TargetError("`targets` has no rule, so nothing would be trained. Add `preset: attention`, for one.")

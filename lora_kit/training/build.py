@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -20,13 +20,14 @@ from lora_kit.models.text_models import checkpoint_activations
 from lora_kit.progress import no_progress, progress
 from lora_kit.recipe import Recipe
 from lora_kit.recipe.save import Layout
-from lora_kit.targeting import TargetPlan, make_plan, module_tree
+from lora_kit.targeting import TargetPlan, make_plan, module_tree, plan_to_json
 from lora_kit.targeting.quantised import quantised_layers
 from lora_kit.training.checkpoints import named_trainables
 from lora_kit.training.conditions import Conditions
 from lora_kit.training.ema import WeightAverage
 from lora_kit.training.held_out import MeasuredSet, train_subset
 from lora_kit.training.launch import sharding_of
+from lora_kit.training.learned_tokens import LearnedTokens, start_tokens, token_notices
 from lora_kit.training.max_norm import Limited, limited_modules
 from lora_kit.training.objective import adopt_schedule, build_objective, objective_notices, schedule_notices
 from lora_kit.training.optimizers import build_optimizer, parameter_groups, up_matrices
@@ -63,6 +64,8 @@ class Run(NamedTuple):
     """Modules whose updates are kept below a norm."""
     quantised: QuantisedBase | None = None
     """What `model.quantize` did; None: nothing."""
+    tokens: LearnedTokens | None = None
+    """New words whose vectors are trained; None: none."""
 
     @property
     def data(self) -> TrainingSet:
@@ -108,6 +111,8 @@ class Run(NamedTuple):
             notices = [f"{self.accelerator.num_processes} processes share each step's pictures.", *notices]
         if self.quantised is not None:
             notices = [*notices, self.quantised.line()]
+        if self.tokens is not None:
+            notices = [*notices, *token_notices(self.tokens, self.recipe, self.data)]
         if len({target.alpha for target in self.plan.targets}) > 1:
             notices = [*notices, MIXED_ALPHAS]
         return notices
@@ -125,7 +130,18 @@ class Run(NamedTuple):
     @property
     def is_full(self) -> bool:
         """Whether the networks' own weights are trained, not adapters."""
-        return self.plan.targets[0].method == "full"
+        return _is_full(self.plan)
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether there is an adapter whose strength can be set; not in a full fine-tune, nor with tokens alone."""
+        return bool(self.plan.targets) and not self.is_full
+
+    @property
+    def plan_document(self) -> dict[str, Any]:
+        """What is trained, as JSON: what a checkpoint must agree with."""
+        learned = {"tokens": self.tokens.sizes} if self.tokens is not None else {}
+        return plan_to_json(self.plan) | learned
 
 
 def build_run(recipe: Recipe, accelerator: Accelerator, resumes: bool = False) -> Run:
@@ -142,9 +158,11 @@ def build_run(recipe: Recipe, accelerator: Accelerator, resumes: bool = False) -
     plan = make_plan(recipe.targets, tree)
     layout_for(recipe.save, bundle.family.name, plan.methods)  # what cannot be written is refused now
     few_bits = quantised_layers(recipe.model.quantize, tree, plan)
-    start = starting_updates(file, raw, adaptable_modules(bundle.components), plan) if file and raw else None
-    hashed = "" if plan.targets[0].method == "full" else base_hash(bundle)
-    trains_text = any(target.module.component == "text_encoder" for target in plan.targets)
+    modules, family = adaptable_modules(bundle.components), bundle.family.name
+    start = starting_updates(file, raw, modules, plan, family) if file and raw else None
+    hashed = "" if _is_full(plan) else base_hash(bundle)
+    trains_text = bool(recipe.tokens) or any(target.module.component == "text_encoder" for target in plan.targets)
+    tokens = start_tokens(bundle, recipe.tokens, recipe.seed) if recipe.tokens else None
     bar = progress if accelerator.is_main_process else no_progress
     data = prepare_data(recipe, bundle, trains_text, accelerator, bar)
     sharding = sharding_of(accelerator)
@@ -156,12 +174,15 @@ def build_run(recipe: Recipe, accelerator: Accelerator, resumes: bool = False) -
     place_networks(bundle, data, trains_text, accelerator.device, sharded=sharding is not None)
     if quantised is None:
         make_trainable(recipe, bundle, plan)
+    if tokens is not None:
+        tokens.unfreeze(0)  # injecting froze all of the text encoder
     if sharding is not None:  # a frozen text encoder runs where a caption is new, so not everywhere at once
         names = ("unet", "text_encoder") if trains_text else ("unet",)
         shard({name: bundle.components[name] for name in names}, sharding, accelerator.device)
     trainable = named_trainables(bundle.components)
     by_module = trainable_parameters(bundle.components, plan)
     groups = parameter_groups(plan, by_module, recipe.optimizer, up_matrices(trainable))
+    groups += tokens.groups(recipe.optimizer) if tokens is not None else []
     learner = Learner(
         accelerator=accelerator,
         bundle=bundle,
@@ -174,19 +195,26 @@ def build_run(recipe: Recipe, accelerator: Accelerator, resumes: bool = False) -
     )
     average = WeightAverage(trainable, recipe.train, learner.optimizer.optimizer)
     limited = limited_modules(plan, by_module)
-    return Run(recipe, accelerator, bundle, plan, data, trainable, average, learner, hashed, start, limited, quantised)
+    return Run(
+        recipe, accelerator, bundle, plan, data, trainable, average, learner, hashed, start, limited, quantised, tokens
+    )
 
 
 def make_trainable(recipe: Recipe, bundle: ModelBundle, plan: TargetPlan) -> None:
     """What the plan picked, trainable in fp32, in the networks where they lie."""
     # Convolutions over channels-last memory measured 10 % faster on a CPU; numbers and names stay the same.
     bundle.unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] (stub lacks the overload)
-    inject(bundle.components, plan, adapter_name=ADAPTER, seed=recipe.seed)
+    if plan.targets:
+        inject(bundle.components, plan, adapter_name=ADAPTER, seed=recipe.seed)
     if recipe.train.gradient_checkpointing:
         bundle.unet.enable_gradient_checkpointing()
         if bundle.has_text:
             checkpoint_activations(bundle.text_encoder)
     set_training(bundle, True)
+
+
+def _is_full(plan: TargetPlan) -> bool:
+    return any(target.method == "full" for target in plan.targets)
 
 
 def set_training(bundle: ModelBundle, training: bool) -> None:

@@ -145,8 +145,9 @@ def data_sets(
     pictures' headers read. latent_factor: as TrainingSet's. has_text: whether the base reads captions."""
     if not has_text:
         sets = data_sets(without_captions(recipe), hints, bar, latent_factor)
-        for data in sets:
-            data.ignore_captions()
+        ignored = sum(data.ignore_captions() for data in sets)
+        if ignored:
+            sets[0].notices.append(f"The base reads no text: the captions of {ignored} pictures are ignored.")
         return sets
     held_out, split = recipe.validation.source, recipe.validation.split
     if split is not None:

@@ -179,8 +179,8 @@ def _on_cpu(tensors: Mapping[str, Tensor], keeps: bool) -> dict[str, Tensor]:
 def _check_fits(path: Path, document: dict[str, Any], plan: dict[str, Any], base_hash: str) -> None:
     if document["plan"] != plan:
         raise TrainingError(
-            f"{path} was made with other targets than this recipe's. Put `targets` back, or begin a new run with "
-            "another output_dir."
+            f"{path} was made with other targets or tokens than this recipe's. Put `targets` and `tokens` back, or "
+            "begin a new run with another output_dir."
         )
     if document["base_hash"] != base_hash:
         raise TrainingError(

@@ -90,14 +90,14 @@ def settings_of(run: Run, steps: int | None = None, size: tuple[int, int] | None
 @contextmanager
 def at_strength(run: Run, strength: float) -> Generator[None]:
     """The adapter at this strength, and evaluation mode, while inside."""
-    if not run.is_full:
+    if run.has_adapter:
         set_scale(run.bundle.components, {ADAPTER: strength})
     set_training(run.bundle, False)
     try:
         yield
     finally:
         set_training(run.bundle, True)
-        if not run.is_full:
+        if run.has_adapter:
             set_scale(run.bundle.components, {ADAPTER: 1.0})
 
 
@@ -115,12 +115,12 @@ def spread(steps: Sequence[int]) -> list[int]:
 
 
 def _strengths(run: Run) -> list[float]:
-    """A full fine-tune has one: its weights are the network's own."""
-    return [1.0] if run.is_full else list(dict.fromkeys(run.recipe.validation.strengths))
+    """One where there is no adapter: a full fine-tune's weights are the network's own, learned tokens have none."""
+    return list(dict.fromkeys(run.recipe.validation.strengths)) if run.has_adapter else [1.0]
 
 
 def _labels(run: Run, strengths: Sequence[float]) -> list[str]:
-    return ["trained weights"] if run.is_full else [f"strength {strength:g}" for strength in strengths]
+    return [f"strength {strength:g}" for strength in strengths] if run.has_adapter else ["trained weights"]
 
 
 def _sheet(run: Run, drawn: Drawn) -> Image.Image:

@@ -24,7 +24,7 @@ def load_encoders(recipe: Recipe) -> ModelBundle:
         configs = layout.configs()
         fresh = recipe.model.weights == "fresh"
         bundle.vae = layout.vae(torch.float32)
-        if bundle.has_text:
+        if configs.text_encoder is not None:
             bundle.text_encoder = (
                 fresh_text_encoder(configs, dtype, recipe.seed) if fresh else layout.text_encoder(dtype)
             )
@@ -36,7 +36,9 @@ def load_encoders(recipe: Recipe) -> ModelBundle:
 
 
 def trains_text_encoder(recipe: Recipe, bundle: ModelBundle) -> bool:
-    """Whether the recipe's rules pick anything of the text encoder."""
+    """Whether the recipe's rules pick anything of the text encoder, or there are tokens to learn in it."""
+    if recipe.tokens:
+        return True
     plan = make_plan(recipe.targets, module_tree(bundle.components))
     return any(target.module.component == "text_encoder" for target in plan.targets)
 

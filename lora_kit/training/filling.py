@@ -30,7 +30,8 @@ class Hole(NamedTuple):
     @property
     def seen(self) -> Image.Image:
         """The picture as the network is given it: grey where it is masked."""
-        return Image.composite(Image.new("RGB", self.inputs.image.size, GREY), self.inputs.image, self.inputs.mask)
+        image, mask = self.inputs.image, self.inputs.mask
+        return image if mask is None else Image.composite(Image.new("RGB", image.size, GREY), image, mask)
 
 
 def draw_filled(run: Run, folder: RunFolder, metrics: Metrics, step: int, final: bool = False) -> None:

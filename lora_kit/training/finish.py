@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_kit.targeting import plan_to_json
 from lora_kit.training.build import Run
 from lora_kit.training.checkpoints import Progress, checkpoint_name, load_checkpoint
 from lora_kit.training.folder import RunFolder
@@ -23,13 +22,16 @@ class Outcome(NamedTuple):
     """What a finished run left."""
 
     paths: list[Path]
-    """adapter.safetensors, or the model folder of a full fine-tune; after it the moving average's, if there is one."""
+    """adapter.safetensors and learned tokens' files, or the model folder of a full fine-tune; after them the moving
+    averages of these, if there are any."""
     figures: dict[str, Any]
     """What result.json holds."""
     is_main: bool
     """Whether this process wrote it."""
     best_paths: tuple[Path, ...] = ()
     """Those of the best step, beside the last's (`save.result: both`)."""
+    averages: int = 0
+    """How many of `paths` are moving averages."""
 
     @property
     def path(self) -> Path:
@@ -39,10 +41,11 @@ class Outcome(NamedTuple):
     def lines(self) -> list[str]:
         """The figures for a reader, a line each."""
         f = self.figures
-        lines = [f"wrote {path}" for path in self.paths]
-        if len(self.paths) > 1:
-            lines[0] += ": the weights as trained"
-            lines[1] += f": their {f['weights']}; validation measured and drew these"
+        trained = len(self.paths) - self.averages
+        as_trained = ": the weights as trained" if self.averages else ""
+        lines = [f"wrote {path}{as_trained}" for path in self.paths[:trained]]
+        averaged = f": their {f['weights']}; validation measured and drew these"
+        lines += [f"wrote {path}{averaged}" for path in self.paths[trained:]]
         lines += [f"wrote {path}: the weights of step {f['best_step']}, the best" for path in self.best_paths]
         if "stopped" in f:
             lines.append(f["stopped"])
@@ -81,12 +84,14 @@ def finish_run(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress
     if wanted == "best" and best is not None:
         step = _put_in(run, best)
     paths = write_result(run, folder, step)
+    averages = len(paths) // 2 if run.average.is_moving else 0
     with written_by_main(run, folder) as place:
         figures = finish(run, place, metrics, progress, step)
     if wanted != "both" or best is None:
-        return Outcome(paths, figures, is_main=run.accelerator.is_main_process)
+        return Outcome(paths, figures, is_main=run.accelerator.is_main_process, averages=averages)
     beside = write_result(run, folder, _put_in(run, best), beside=True)
-    return Outcome(paths, figures, is_main=run.accelerator.is_main_process, best_paths=tuple(beside))
+    is_main = run.accelerator.is_main_process
+    return Outcome(paths, figures, is_main=is_main, best_paths=tuple(beside), averages=averages)
 
 
 def told(figures: dict[str, Any], name: str) -> str:
@@ -114,4 +119,4 @@ def _best_checkpoint(run: Run, folder: RunFolder, metrics: Metrics, progress: Pr
 
 def _put_in(run: Run, checkpoint: Path) -> int:
     """Let the checkpoint's weights stand in the run; its step."""
-    return load_checkpoint(checkpoint, plan_to_json(run.plan), run.base_hash, state_of(run)).step
+    return load_checkpoint(checkpoint, run.plan_document, run.base_hash, state_of(run)).step

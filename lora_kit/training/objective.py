@@ -180,7 +180,9 @@ class Noised(NamedTuple):
 
     def rows(self, rows: list[int]) -> Noised:
         """Those of some samples."""
-        return Noised(*(None if part is None else part[rows] for part in self))
+        beside = None if self.beside is None else self.beside[rows]
+        times = (self.timesteps[rows], self.alpha_bar[rows], self.host_timesteps[rows])
+        return Noised(self.clean[rows], self.noise[rows], self.noisy[rows], *times, beside)
 
 
 def beside_latents(bundle: ModelBundle, batch: Batch, words: Sequence[Sequence[int | str]]) -> Tensor | None:

@@ -46,8 +46,8 @@ def restore_optimizer(
     if len(document["groups"]) != len(optimizer.param_groups):
         raise TrainingError(
             f"The checkpoint's optimizer has {len(document['groups'])} different learning rates, the recipe "
-            f"{len(optimizer.param_groups)}: put the rates (`lr`, `text_encoder_lr`, `lr_ratio`, `lr_scale`) back in "
-            "the same places, or begin a new run with another output_dir."
+            f"{len(optimizer.param_groups)}: put the rates (`lr`, `text_encoder_lr`, `token_lr`, `lr_ratio`, "
+            "`lr_scale`) back in the same places, or begin a new run with another output_dir."
         )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {int(index): _decode(value, tensors) for index, value in document["state"].items()}

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lora_kit.adapters import (
     AdapterState,
@@ -19,9 +20,12 @@ from lora_kit.adapters import (
     training_metadata,
     write_adapter,
 )
+from lora_kit.adapters.formats.header import tool_version
+from lora_kit.adapters.token_files import write_embedding
 from lora_kit.files import sync_folder, sync_tree
 from lora_kit.models import pipeline
 from lora_kit.models.pipeline_index import parts_of
+from lora_kit.recipe.tokens import file_stem
 from lora_kit.targeting import plan_to_json
 from lora_kit.targeting.rates import rate_of_text_encoder
 from lora_kit.training.build import ADAPTER, Run
@@ -38,18 +42,49 @@ def write_result(run: Run, folder: RunFolder, step: int, beside: bool = False) -
 
     step: whose weights are in the networks. beside: under the names of the best, next to the last's.
     """
-    stem, mark, suffix = ("model", "_", "") if run.is_full else ("adapter", ".", ".safetensors")
-    suffix = "" if run.layout == "peft" else suffix
-    stem = f"{stem}{mark}best" if beside else stem
-    names = [(stem, False), *([(f"{stem}{mark}ema", True)] if run.average.is_moving else [])]
-    places = [(folder.root / f"{name}{suffix}", average) for name, average in names]
-    for path, average in places:
+    written: list[Path] = []
+    for average in (False, True) if run.average.is_moving else (False,):
+        marks = [*(["best"] if beside else []), *(["ema"] if average else [])]
         with run.average.final(moving=average):
             if run.is_full:
-                _write_model(run, path)
-            elif run.accelerator.is_main_process:
-                _write_adapter(run, path, step, run.average.describe(moving=average))
-    return [path for path, _ in places]
+                written.append(folder.root / "_".join(["model", *marks]))
+                _write_model(run, written[-1])
+                continue
+            parts = _adapter_parts(run, folder, marks, step)
+        written += parts
+    return written
+
+
+def _adapter_parts(run: Run, folder: RunFolder, marks: list[str], step: int) -> list[Path]:
+    """Write adapter and learned tokens, as far as there are any, with the weights that are in the networks now."""
+    written: list[Path] = []
+    weights = run.average.describe(moving="ema" in marks)
+    if run.has_adapter:
+        suffix = "" if run.layout == "peft" else ".safetensors"
+        written.append(folder.root / f"{'.'.join(['adapter', *marks])}{suffix}")
+    if run.tokens is not None:
+        place = folder.root / ".".join(["embeddings", *marks])
+        written += [place / f"{file_stem(token)}.safetensors" for token in run.tokens.sizes]
+    if run.accelerator.is_main_process:
+        if run.has_adapter:
+            _write_adapter(run, written[0], step, weights)
+        if run.tokens is not None:
+            for path, embedding in zip(written[run.has_adapter :], run.tokens.embeddings(), strict=True):
+                write_embedding(
+                    path, embedding, _token_facts(run, embedding.token, step) | {"lora_kit.weights": weights}
+                )
+    return written
+
+
+def _token_facts(run: Run, token: str, step: int) -> dict[str, str]:
+    """An embedding file's header."""
+    return {
+        "lora_kit.version": tool_version(),
+        "lora_kit.token": token,
+        "lora_kit.base_hash": run.base_hash,
+        "lora_kit.family": run.bundle.family.name,
+        "lora_kit.step": str(step),
+    }
 
 
 def training_facts(run: Run, step: int) -> TrainingFacts:
@@ -90,9 +125,15 @@ def training_facts(run: Run, step: int) -> TrainingFacts:
 def _write_adapter(run: Run, path: Path, step: int, weights: str) -> None:
     updates = adapter_state(run.bundle.components, ADAPTER)
     metadata = training_metadata(training_facts(run, step)) | {"lora_kit.weights": weights}
+    embeddings: dict[str, Tensor] = {}
+    if run.tokens is not None:
+        metadata["lora_kit.tokens"] = json.dumps(run.tokens.sizes, sort_keys=True)
+        if run.recipe.save.bundle_tokens:
+            embeddings = dict(run.tokens.embeddings())
     if run.quantised is not None:  # the hash is of the true base
         metadata["lora_kit.base_quantized"] = run.quantised.kind
-    write_adapter(path, AdapterState(updates, dict(sorted(metadata.items()))), run.layout, _dtype(run))
+    state = AdapterState(updates, dict(sorted(metadata.items())), embeddings)
+    write_adapter(path, state, run.layout, _dtype(run))
 
 
 def _caption_facts(run: Run) -> CaptionFacts:
@@ -119,13 +160,13 @@ def _write_model(run: Run, path: Path) -> None:
     """The whole base with its trained networks, in `save.dtype`, as a diffusers folder. Every process takes part in
     gathering sharded networks, and the main one writes."""
     keeps = run.accelerator.is_main_process
-    networks = {name: whole_network(network, keeps) for name, network in run.bundle.components.items()}
+    parts = {**run.bundle.components, "vae": run.bundle.vae}  # cast copies: figures are of the weights as trained
+    networks = {name: whole_network(network, keeps, _dtype(run)) for name, network in parts.items()}
     if not keeps:
         return
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     pipe = pipeline(replace(run.bundle, **networks))
-    pipe.to(dtype=_dtype(run))
     if run.bundle.has_text:
         # As read: not with the padding of the last batch.
         pipe.tokenizer.backend_tokenizer.no_padding()

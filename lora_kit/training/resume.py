@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, cast
 
 from lora_kit.errors import RecipeError
 from lora_kit.recipe import Recipe, ScheduleSection
-from lora_kit.targeting import plan_to_json
 from lora_kit.training.build import ADAPTER, Run
 from lora_kit.training.checkpoints import Progress, State, load_checkpoint, losses_known
 from lora_kit.training.measuring import Base, measure_base, measured_with
@@ -69,7 +68,7 @@ def state_of(run: Run) -> State:
 
 def begin(run: Run, checkpoint: Path | None) -> Start:
     """Load the checkpoint into the run, or measure the base. Raises TrainingError, RecipeError if they do not fit."""
-    plan, recipe = plan_to_json(run.plan), run.recipe.model_dump(mode="json")
+    plan, recipe = run.plan_document, run.recipe.model_dump(mode="json")
     key = measured_with(run)
     known = losses_known(checkpoint, key) if checkpoint is not None else None
     base = measure_base(run, Base(*known) if known else None)  # before any weights are put in

@@ -3,35 +3,31 @@
 from __future__ import annotations
 
 import json
-import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
 
-from lora_kit.data import Batch, make_loader
-from lora_kit.errors import LoraKitError, TrainingError
+from lora_kit.data import make_loader
 from lora_kit.files import write_text
 from lora_kit.models.quantise import check_quantise
 from lora_kit.recipe import Recipe, dump_recipe
 from lora_kit.training.build import Run, build_run
-from lora_kit.training.checkpoint_folder import mark_best, newest_whole, remove_old
-from lora_kit.training.checkpoints import Progress, checkpoint_name, save_checkpoint
+from lora_kit.training.checkpoints import Progress
 from lora_kit.training.disk import full_disk_told
 from lora_kit.training.finish import Outcome, finish_run
 from lora_kit.training.folder import RunFolder, prepare_folder
 from lora_kit.training.launch import build_accelerator, sharding_of
 from lora_kit.training.launcher import follow_launcher
-from lora_kit.training.max_norm import limit_norms
 from lora_kit.training.measuring import Base
 from lora_kit.training.metrics import Metrics, NoMetrics
-from lora_kit.training.optimizers import check_optimizer, set_learning_rate
-from lora_kit.training.resume import begin, state_of
-from lora_kit.training.schedules import Rewarm, learning_rate_factor
+from lora_kit.training.one_step import is_due, take_step
+from lora_kit.training.optimizers import check_optimizer
+from lora_kit.training.resume import begin
+from lora_kit.training.saving import interrupted, is_best, last_whole, link_best, save_now, write_checkpoint
 from lora_kit.training.shares import common_facts, takes_part, written_by_main
-from lora_kit.training.signals import InterruptedRunError, StopSignals
-from lora_kit.training.step import StepMetrics, training_step
+from lora_kit.training.signals import StopSignals
 from lora_kit.training.together import agreed, common_checkpoint, lost_process_told, require_same
 from lora_kit.training.trackers import check_trackers, start_trackers, stop_trackers
 from lora_kit.training.validation import validate
@@ -48,7 +44,7 @@ def train(recipe: Recipe) -> Outcome:
     check_trackers(recipe)
     accelerator = build_accelerator(recipe)
     folder = RunFolder(Path(recipe.output_dir))
-    with lost_process_told(accelerator, partial(_last_whole, folder)):
+    with lost_process_told(accelerator, partial(last_whole, folder)):
         return _train_in(folder, recipe, accelerator)
 
 
@@ -62,7 +58,7 @@ def _train_in(folder: RunFolder, recipe: Recipe, accelerator: Accelerator) -> Ou
     require_same(accelerator, common_facts(run))
     progress, notices, base = begin(run, checkpoint)
     start_trackers(accelerator, recipe)
-    with full_disk_told(folder.root, partial(_last_whole, folder)):
+    with full_disk_told(folder.root, partial(last_whole, folder)):
         if run.accelerator.is_main_process:
             write_text(folder.root / "recipe.yaml", dump_recipe(recipe))
             write_text(folder.root / "plan.json", json.dumps(progress.plan, indent=1) + "\n")
@@ -80,77 +76,36 @@ def _train(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress, ba
     recipe = run.recipe
     loader = make_loader(run.data, recipe, run.accelerator, first_step=progress.step, even=run.is_sharded)
     with StopSignals() as signals:
-        _link_best(run, folder, progress)  # as the checkpoint knows it, which may be an older one
+        link_best(run, folder, progress)  # as the checkpoint knows it, which may be an older one
         # That of step 0, or one that a kill cut off after its checkpoint.
         progress = _validated(run, folder, metrics, progress, base)
         over = _is_over(run, progress)  # also of a run that stopped early before it was resumed
         for step, batches in enumerate(loader if not over else (), start=progress.step):
-            done = _step(run, folder, metrics, batches, progress, stop=signals.number is not None)
+            done = take_step(run, folder, metrics, batches, progress, stop=signals.number is not None)
             row = progress.skipped_in_row + 1 if done.problem else 0
             progress = replace(progress, step=step + 1, skipped_in_row=row)
             if done.interrupted and progress.step < recipe.train.max_steps:
-                _save(run, folder, progress)
-                raise _interrupted(folder, progress.step, signals.number)
+                save_now(run, folder, progress)
+                raise interrupted(folder, progress.step, signals.number)
             progress = _validated(run, folder, metrics, progress, base)
             over = _is_over(run, progress)
-            if over or _due(recipe.save.every, progress.step):
-                _save(run, folder, progress)
-            elif _is_best(run, progress) and takes_part(run):
-                _write_checkpoint(run, folder, progress)
+            if over or is_due(recipe.save.every, progress.step):
+                save_now(run, folder, progress)
+            elif is_best(run, progress) and takes_part(run):
+                write_checkpoint(run, folder, progress)
             if over:
                 break
     run.accelerator.wait_for_everyone()
     if not takes_part(run):
         return Outcome([], {}, is_main=False)
-    _link_best(run, folder, progress)
+    link_best(run, folder, progress)
     return finish_run(run, folder, metrics, progress)
-
-
-def _step(
-    run: Run, folder: RunFolder, metrics: Metrics, batches: list[Batch], progress: Progress, stop: bool
-) -> StepMetrics:
-    recipe, step = run.recipe, progress.step
-    factor = learning_rate_factor(recipe.schedule, step, recipe.train.max_steps)
-    factor *= Rewarm(*progress.rewarm).factor(step)
-    set_learning_rate(run.learner.optimizer, factor)
-    done = training_step(run.learner, batches, step, stop)
-    metrics.advance(step + 1)
-    if done.problem:
-        _tell_skipped(run, folder, metrics, progress, done)
-        return done
-    if done.overflowed:
-        metrics.log(step + 1, {"skipped": "fp16 gradients overflowed; the loss scale is halved"})
-    norms = None
-    if not done.overflowed:
-        norms = limit_norms(run.limited)
-        run.average.update()
-    if _due(recipe.train.log_every, step + 1) or step + 1 == recipe.train.max_steps:
-        values = {"loss": done.loss, "lr": recipe.optimizer.lr * factor, "grad_norm": done.grad_norm}
-        estimate = run.learner.optimizer.param_groups[0].get("d")
-        if isinstance(estimate, float):  # Prodigy's: the step it takes is lr × this
-            values["prodigy_d"] = estimate
-        if norms is not None:
-            values |= {"norms_limited": float(norms.scaled), "mean_norm": float(norms.mean)}
-        metrics.log_step(step + 1, run.data.order.mean_batch_size, values)
-    return done
-
-
-def _tell_skipped(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress, done: StepMetrics) -> None:
-    """Log a step that was left out. Raises TrainingError if the recipe does not go on over it."""
-    section, row = run.recipe.train, progress.skipped_in_row + 1
-    if section.non_finite == "stop" or row > section.max_non_finite:
-        many = f" Such steps in a row: {row}, and train.max_non_finite is {section.max_non_finite}." if row > 1 else ""
-        raise TrainingError(
-            f"{done.problem}{many} {_last_whole(folder)}Try a lower optimizer.lr. Nothing was overwritten."
-        )
-    metrics.say(f"{done.problem} Skipped, {row} in a row (train.non_finite: skip).")
-    metrics.log(progress.step + 1, {"skipped": done.problem})
 
 
 def _validated(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress, base: Base) -> Progress:
     """The progress with the validation of its step, where one is due and was not done before a resume."""
     step = progress.step
-    due = step in (0, run.recipe.train.max_steps) or _due(run.recipe.validation.every, step)
+    due = step in (0, run.recipe.train.max_steps) or is_due(run.recipe.validation.every, step)
     if not due or progress.validated or not takes_part(run):
         return progress
     with written_by_main(run, folder) as place:
@@ -163,61 +118,9 @@ def _validated(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress
 def _is_over(run: Run, progress: Progress) -> bool:
     """Whether the run ends after this step: its last, or stopped early. All processes come to the same."""
     rule, step = run.recipe.validation.early_stop, progress.step
-    if step == run.recipe.train.max_steps or rule is None or not _due(run.recipe.validation.every, step):
+    if step == run.recipe.train.max_steps or rule is None or not is_due(run.recipe.validation.every, step):
         return step == run.recipe.train.max_steps
     return agreed(run.accelerator, bool(reason_to_stop(progress.history, rule)))  # the main process has validated
-
-
-def _due(every: int, step: int) -> bool:
-    return every > 0 and step % every == 0
-
-
-def _is_best(run: Run, progress: Progress) -> bool:
-    best = progress.best
-    return run.recipe.save.best and best is not None and best["step"] == progress.step > 0
-
-
-def _save(run: Run, folder: RunFolder, progress: Progress) -> None:
-    if takes_part(run):
-        _write_checkpoint(run, folder, progress)
-    run.accelerator.wait_for_everyone()
-
-
-def _write_checkpoint(run: Run, folder: RunFolder, progress: Progress) -> None:
-    path = folder.checkpoints / checkpoint_name(progress.step)
-    with full_disk_told(path, partial(_last_whole, folder)):
-        writes = run.accelerator.is_main_process
-        save_checkpoint(folder.checkpoints, progress, state_of(run), writes)
-        if not writes:
-            return
-        _link_best(run, folder, progress)
-        remove_old(folder.checkpoints, progress.step, run.recipe.save.keep)
-
-
-def _link_best(run: Run, folder: RunFolder, progress: Progress) -> None:
-    """Let checkpoints/best lead to the checkpoint of the lowest held-out loss that there is."""
-    if not (run.recipe.save.best and run.accelerator.is_main_process and progress.step > 0):
-        return
-    best = progress.best
-    name = checkpoint_name(int(best["step"])) if best else None
-    there = name is not None and (folder.checkpoints / name).is_dir()
-    mark_best(folder.checkpoints, name if there else None)
-
-
-def _interrupted(folder: RunFolder, step: int, number: int | None) -> LoraKitError:
-    number = number or signal.SIGTERM  # another process got it
-    where = folder.checkpoints / checkpoint_name(step)
-    return InterruptedRunError(
-        f"Stopped by {signal.Signals(number).name} after step {step}; saved {where}. Go on with train.resume=latest.",
-        number,
-    )
-
-
-def _last_whole(folder: RunFolder) -> str:
-    found = newest_whole(folder.checkpoints)
-    if found is None:
-        return "There is no checkpoint yet. "
-    return f"Last good checkpoint: {found}; go on from it with train.resume=latest. "
 
 
 def _metrics(run: Run, folder: RunFolder, first_step: int) -> Metrics:

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lora_kit.errors import RecipeError
 from lora_kit.recipe import Recipe
+from lora_kit.recipe.rules import listed
 from lora_kit.training.launcher import Sharding
 
 _BY_ELEMENT = ("adamw", "adam", "sgd")
@@ -67,21 +68,24 @@ def placed(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(there, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def whole_network(network: nn.Module, keeps: bool) -> nn.Module:
-    """A copy on the CPU of a network without adapters, its weights whole; the network itself if it is not sharded.
+def whole_network(network: nn.Module, keeps: bool, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy on the CPU of a network without adapters, its weights whole and in `dtype` (None: their own); the network
+    itself if it is neither sharded nor to be cast.
 
     Every process must ask. keeps: whether this one wants it; the others get the network back as it is.
     """
-    if not isinstance(network, FSDPModule):
+    is_cast = any(weight.dtype != (dtype or weight.dtype) for weight in network.parameters())
+    if not isinstance(network, FSDPModule) and not is_cast:
         return network
     gathered: dict[str, Tensor] = {}
     for name, tensor in network.state_dict().items():
         made = whole(tensor)
         if keeps:
-            gathered[name] = made.detach().cpu()
+            gathered[name] = made.detach().to("cpu", dtype if made.is_floating_point() else None)
     if not keeps:
         return network
-    kind, config = cast(Any, type(network).__mro__[2]), cast(Any, network).config
+    kind = cast(Any, type(network).__mro__[2 if isinstance(network, FSDPModule) else 0])
+    config = cast(Any, network).config
     with init_empty_weights(include_buffers=False):
         copy: nn.Module = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
     copy.load_state_dict(gathered, assign=True)
@@ -91,7 +95,7 @@ def whole_network(network: nn.Module, keeps: bool) -> nn.Module:
 def _problems(recipe: Recipe) -> Iterator[str]:
     if any(source.target == "base" for source in recipe.data.sources):
         yield "`target: base` of a source: processes would run their networks unequally often. Launch without FSDP."
-    rules = recipe.targets if isinstance(recipe.targets, list) else [recipe.targets]
+    rules = listed(recipe.targets)
     if not any(rule.method == "full" for rule in rules):
         return
     if recipe.optimizer.name not in _BY_ELEMENT:

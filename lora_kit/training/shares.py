@@ -10,7 +10,6 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lora_kit.targeting import plan_to_json
 from lora_kit.training.build import Run
 from lora_kit.training.folder import RunFolder
 
@@ -39,7 +38,7 @@ def common_facts(run: Run) -> dict[str, str]:
     recipe = run.recipe.model_dump_json(exclude=_MACHINES_OWN)
     return {
         "recipe": hashlib.sha256(recipe.encode()).hexdigest(),
-        "targets": hashlib.sha256(json.dumps(plan_to_json(run.plan)).encode()).hexdigest(),
+        "targets": hashlib.sha256(json.dumps(run.plan_document).encode()).hexdigest(),
         "base": run.base_hash,
         "pictures or captions": run.data.fingerprint,
         "held-out pictures or captions": held_out.fingerprint if held_out is not None else "",

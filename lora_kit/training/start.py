@@ -19,14 +19,15 @@ _SHOWN = 10
 
 
 def starting_updates(
-    path: Path, raw: RawAdapter, modules: Mapping[str, ModuleInfo], plan: TargetPlan
+    path: Path, raw: RawAdapter, modules: Mapping[str, ModuleInfo], plan: TargetPlan, family: str | None = None
 ) -> dict[str, Update]:
     """The file's updates for the plan's modules, in whatever precision they are stored.
 
-    raw: what `read_raw` made of `path`; modules: of the bare networks, by dotted name. Raises AdapterFileError for
-    another family's file, and with everything in which it and the plan disagree: modules, methods, ranks, alphas.
+    raw: what `read_raw` made of `path`; modules: of the bare networks, by dotted name; family: the base's.
+    Raises AdapterFileError for another family's file, and with everything in which it and the plan disagree: modules,
+    methods, ranks, alphas.
     """
-    state = fitted_to(path, raw, modules, "the recipe's base")
+    state = fitted_to(path, raw, modules, "the recipe's base", family)
     problems = list(_disagreements(state.updates, {target.module.name: target for target in plan.targets}))
     if state.embeddings:
         problems.append(f"it comes with learned tokens ({', '.join(state.embeddings)}), which would be lost")

@@ -134,7 +134,7 @@ def _sum_gradients(learner: Learner) -> None:
     """
     if learner.accelerator.num_processes == 1:
         return
-    for parameters in _buckets([p for p in learner.parameters if not is_sharded(p)]):
+    for parameters in _buckets([p for p in learner.parameters if p.requires_grad and not is_sharded(p)]):
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
         flat = cast(Tensor, learner.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "sum"))
         for parameter, part in zip(parameters, flat.split([g.numel() for g in gradients]), strict=True):

@@ -66,7 +66,7 @@ def _style_and_subject(run: Run, folder: RunFolder) -> dict[str, Any]:
     side = run.recipe.data.resolution
     references = [picture.resize((side, side)) for picture in references]
     figures: dict[str, Any] = {"held_out_pictures": len(captions), "chance_top1": 1 / len(captions)}
-    for strength in [1.0] if run.is_full else [0.0, 1.0]:
+    for strength in [0.0, 1.0] if run.has_adapter else [1.0]:
         drawn = draw_at(run, captions, strength)
         found = retrieval(drawn, references)
         figures[f"saturation_at_{strength:g}"] = round(mean_saturation(drawn), 3)

@@ -60,6 +60,18 @@ def new_first_stage() -> AutoencoderKL:
     return vae
 
 
+def trained_first_stage(folder: Path, steps: int, batch_size: int) -> AutoencoderKL:
+    pictures = load_pictures(folder)
+    pictures = pictures[torch.randperm(len(pictures))]
+    held_out, pictures = pictures[:128], pictures[128:]
+    vae = new_first_stage().to(memory_format=torch.channels_last)
+    train(vae, pictures, steps, batch_size)
+    vae.eval()
+    whiten(vae, pictures)
+    print(f"first stage: PSNR {psnr(vae, held_out):.2f} dB on {len(held_out)} pictures it was not trained on")
+    return vae
+
+
 def train_tokenizer(captions: list[str], folder: Path) -> BertTokenizer:
     """BERT's word pieces (Schuster & Nakajima 2012) with a small vocabulary, as the vocab.txt that BERT has."""
     pieces = BertWordPieceTokenizer(lowercase=True)
@@ -87,7 +99,7 @@ def new_unet(channels: int) -> UNet2DConditionModel:
         sample_size=8,
         in_channels=channels,
         out_channels=channels,
-        block_out_channels=(96, 128, 192),
+        block_out_channels=(64, 96, 128),
         down_block_types=("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",),
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 2,
         layers_per_block=1,
@@ -113,20 +125,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=Path, default=Path("data/openmoji"), help="holds color/ and line/")
     parser.add_argument("--out", type=Path, default=Path("runs/ldm-text2im/fresh"))
+    parser.add_argument("--first-stage", type=Path, help="a folder of this script's, whose trained one to take")
     parser.add_argument("--steps", type=int, default=700, help="of the first stage")
     parser.add_argument("--batch-size", type=int, default=16)
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
-    pictures = load_pictures(arguments.pictures)
-    pictures = pictures[torch.randperm(len(pictures))]
-    held_out, pictures = pictures[:128], pictures[128:]
-    vae = new_first_stage().to(memory_format=torch.channels_last)
-    train(vae, pictures, arguments.steps, arguments.batch_size)
-    vae.eval()
-    whiten(vae, pictures)
-    print(f"first stage: PSNR {psnr(vae, held_out):.2f} dB on {len(held_out)} pictures it was not trained on")
-
+    if arguments.first_stage:
+        vae = AutoencoderKL.from_pretrained(arguments.first_stage / "vqvae")
+    else:
+        vae = trained_first_stage(arguments.pictures, arguments.steps, arguments.batch_size)
     captions = [json.loads(line)["text"] for line in (arguments.pictures / "color/metadata.jsonl").open()]
     tokenizer = train_tokenizer(captions, arguments.out / "tokenizer")
     unet, bert = new_unet(vae.config.latent_channels), new_text_encoder(len(tokenizer))

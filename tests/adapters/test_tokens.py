@@ -102,7 +102,7 @@ def test_tokens_that_do_not_fit_are_all_told_and_nothing_is_changed(bundle: Mode
     with pytest.raises(AdapterFileError) as caught:
         load_adapter(bundle, AdapterState(random_state(bundle.components).updates, {}, bad), "style")
     said = str(caught.value)
-    assert "<a>: its vector is [7]; the text encoder takes [32]" in said
+    assert "<a>: its vectors are [7]; the text encoder takes [32] or [n, 32]" in said
     assert "apple</w>: the tokenizer has a token of that name already" in said
     assert "<b>: holds NaN" in said
     assert snapshot(bundle.components) == before

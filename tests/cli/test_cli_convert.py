@@ -91,9 +91,11 @@ def test_learned_tokens_are_asked_for_and_written_apart(tiny_sd1_folder: Path, t
     q = {f"unet:{i}:down": torch.ones(4, m.shape[1]) for i, m in enumerate(sorted(modules, key=_old_order))}
     q |= {f"unet:{i}:up": torch.ones(m.shape[0], 4) for i, m in enumerate(sorted(modules, key=_old_order))}
     save_file(q | {"<s1>": torch.ones(768)}, tmp_path / "a", header)
-    assert run("convert", tmp_path / "a", "--to", "kohya", "--out", tmp_path / "b") == 2
-    assert "learned tokens (<s1>)" in capsys.readouterr().err
+    assert run("convert", tmp_path / "a", "--to", "diffusers", "--out", tmp_path / "b") == 2
+    assert "learned tokens (<s1>), which diffusers's layout does not hold" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
+    assert run("convert", tmp_path / "a", "--to", "kohya", "--out", tmp_path / "with") == 0
+    assert torch.equal(load_file(tmp_path / "with")["bundle_emb.<s1>.string_to_param.*"], torch.ones(1, 768))
     tokens = tmp_path / "tokens"
     assert run("convert", tmp_path / "a", "--to", "kohya", "--out", tmp_path / "b", "--tokens", tokens) == 0
     assert torch.equal(load_file(tokens / "s1.safetensors")["<s1>"], torch.ones(768))

@@ -46,15 +46,15 @@ def test_pixels_come_beside_kept_latents_in_the_same_view(masked: Path) -> None:
     data = open_training_set(data_section(masked), 0, bar=no_progress)
     data.keeps_pixels = True
     cache_latents(data, encode, 2, no_progress)
-    flipped = set[bool]()
+    seen = set[bytes]()
     for start in range(0, 16, 2):
         batch = collate([data[start], data[start + 1]])
         assert batch.is_latent.all() and batch.pixels is not None and batch.latent_mean is not None
         assert batch.unencoded is None
         assert torch.equal(encode(batch.pixels)[0], batch.latent_mean), "mirrored as the latent is"
         assert batch.masks is not None and not batch.holes
-        flipped |= {not torch.equal(one, data.plain(0).pixels) for one in batch.pixels}  # type: ignore[arg-type]
-    assert flipped == {True, False}
+        seen |= {one.numpy().tobytes() for one in batch.pixels}
+    assert len(seen) > 4, "some of the four pictures in both directions"
 
 
 def test_of_a_mixed_batch_only_what_is_not_kept_is_to_be_encoded(masked: Path) -> None:

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from adapter_samples import bundle_of, random_state
 from ldm_reference import small
-from merge_samples import random_checkpoint
-from safetensors.torch import save_file
+from merge_samples import networks_of, random_checkpoint
+from safetensors.torch import load_file, save_file
 
 from lora_kit.adapters import AdapterState, write_kohya
 from lora_kit.algebra.lowrank_header import base_facts
 from lora_kit.errors import AdapterFileError
 from lora_kit.inference import prepare
-from lora_kit.merging import merge
+from lora_kit.merging import MergeOptions, merge
 from lora_kit.merging.base import open_base
 from lora_kit.models import skeleton
 from lora_kit.models.outline import read_outline
@@ -85,3 +85,17 @@ def test_a_single_file_of_nine_channels_is_an_inpainting_base(tmp_path: Path) ->
         assert read_outline(section).family == bundle.family.name
         assert open_base(path).family == bundle.family.name
         assert bundle.unet.conv_in.weight.shape[1] == 9
+
+
+def test_a_single_file_of_nine_channels_is_merged_into(tmp_path: Path) -> None:
+    """The first convolution too; the written network gives what the adapted one gives (checked by the merge itself)."""
+    base = tmp_path / "base.safetensors"
+    save_file(random_checkpoint(small(1, 600)._replace(in_channels=9)), base)
+    components = networks_of(base)
+    state = random_state(components, wanted=lambda module: "conv_in" in module.name or "attn" in module.name)
+    assert state.updates["unet.conv_in"].parts()["down"].shape[1] == 9
+    write_kohya(tmp_path / "a.safetensors", state)
+    merge(base, [(tmp_path / "a.safetensors", 1.0)], tmp_path / "out.safetensors", MergeOptions(verify_network=True))
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    before, after = load_file(base)[name], load_file(tmp_path / "out.safetensors")[name]
+    assert after.shape == before.shape and not after.equal(before)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, VQModel
@@ -7,7 +9,7 @@ from diffusers import AutoencoderKL, VQModel
 from lora_kit.errors import ModelError
 from lora_kit.models.first_stage import decode, encode, first_stage_class, latent_channels
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "block_out_channels": (8, 8, 16),
     "down_block_types": ("DownEncoderBlock2D",) * 3,
     "up_block_types": ("UpDecoderBlock2D",) * 3,
@@ -57,7 +59,8 @@ def test_a_vq_model_decodes_the_nearest_code_of_each_cell(vq: VQModel) -> None:
 def test_a_kl_models_latents_are_scaled_back_and_shifted(kl: AutoencoderKL) -> None:
     mean, std = encode(kl, _pixels())
     assert (std > 0).all()
-    wanted = kl.decode(mean).sample
+    network: Any = kl
+    wanted = network.decode(mean).sample
     torch.testing.assert_close(decode(kl, (mean - 0.25) * 0.5), wanted, rtol=1e-4, atol=1e-5)
 
 

@@ -35,6 +35,17 @@ def test_the_defaults_are_stable_diffusions_training(tmp_path: Path) -> None:
         (["inpainting.whole=1.5"], "{path: .}", "inpainting.whole: got 1.5; must be at most 1."),
         (["inpainting.smallest=0.7"], "{path: .}", "inpainting.smallest: got 0.7, which is above `largest` = 0.6"),
         (["inpainting.shapes={rectangles: 0, strokes: 0}"], "{path: .}", "inpainting.shapes: needs one that is above"),
+        (["inpainting={whole: 1, most: 2}"], "{path: .}", "inpainting.most: `most: 2` does nothing with `whole: 1`"),
+        (
+            ["inpainting={stroke_width: 0.1, shapes: {strokes: 0}}"],
+            "{path: .}",
+            "inpainting.stroke_width: `stroke_width: 0.1` does nothing with `shapes.strokes: 0`",
+        ),
+        (
+            ["inpainting.shown=2"],
+            "{path: .}",
+            "inpainting.shown: `shown: 2` does nothing without `validation.held_out`",
+        ),
         (["inpainting.rectangle=1"], "{path: .}", "inpainting.rectangle"),
         (["inpainting.masks=data"], "{path: .}", "inpainting.masks: `data` needs mask files: give a source a `mask_f"),
         (

@@ -12,7 +12,8 @@ import yaml
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 
-from lora_kit.adapters import load_adapter
+from lora_kit.adapters import AdapterState, load_adapter
+from lora_kit.adapters.token_files import read_embedding
 from lora_kit.models import load_bundle
 from lora_kit.recipe import load_recipe
 from lora_kit.training import train
@@ -82,6 +83,7 @@ def test_it_trains_two_steps_and_the_result_can_be_loaded(recipe, beside_its_pic
     small += ["train.micro_batch_size=1"] if as_written.train.micro_batch_size else []
     small += ["schedule.decay_steps=0"] if as_written.schedule.decay_steps else []
     small += ["data.buckets.step=8"] if as_written.data.buckets else []
+    small += ["tokens.0.initializer=cat"] if as_written.tokens else []  # a word of the small vocabulary
     outcome = train(load_recipe(copy, small))
     assert (tmp_path / "run" / "checkpoints" / "step-000002").is_dir()
     for path in outcome.paths:
@@ -92,6 +94,10 @@ def test_it_trains_two_steps_and_the_result_can_be_loaded(recipe, beside_its_pic
             changed = {name: moved(getattr(base, name), getattr(trained, name), dtype) for name in ("unet", "vae")}
             assert changed["unet"] > 0.5  # what two steps at a small rate leave in the file's fp16
             assert changed["vae"] == 0
+        elif path.parent.name == "embeddings":
+            token, vectors = read_embedding(path)
+            load_adapter(base, AdapterState({}, {}, {token: vectors}))
+            assert not torch.equal(vectors[0], vectors[1])  # both began as the same word
         else:
             updates = load_adapter(base, path).updates
             still = [name for name, update in updates.items() if not update.weight_delta(1.0).any()]

@@ -111,6 +111,24 @@ def recipes(tiny_sd1_folder, picture_folder, make_picture_folder, tmp_path_facto
     return found
 
 
+PIVOTAL = [
+    "targets=[{match: 'unet.**.to_q', rank: 2}]",
+    "tokens=[{token: <toy>, initializer: cat, vectors: 2, until: 7}]",
+    "data.trigger=<toy>",
+    "optimizer.token_lr=0.05",
+]
+
+
+@pytest.mark.parametrize("flags", [(), pytest.param(FSDP, marks=pytest.mark.slow)], ids=["whole", "sharded"])
+def test_tokens_are_learned_by_two_processes_as_by_one(recipes, tmp_path, flags):
+    recipe, _ = recipes["lora"]
+    well(launch(1, recipe, f"output_dir={tmp_path / 'one'}", *PIVOTAL))
+    well(launch(2, recipe, f"output_dir={tmp_path / 'two'}", *PIVOTAL, flags=flags))
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    rows = [next(one for key, one in tensors(tmp_path / "two", step).items() if ".rows." in key) for step in (5, 10)]
+    assert not torch.equal(*rows)
+
+
 @pytest.mark.parametrize(("method", "flags"), [("lora", ()), ("lora", FSDP), ("full", FSDP)])
 def test_ten_steps_of_two_processes_are_those_of_one(recipes, tmp_path, method, flags):
     recipe, one = recipes[method]
@@ -123,6 +141,33 @@ def test_ten_steps_of_two_processes_are_those_of_one(recipes, tmp_path, method, 
         assert norm(difference(weights, results[1][name])) < ROUNDING * norm(weights), name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "method: dora, rank: 2",
+        "method: loha, rank: 2",
+        "method: lokr, rank: 2",
+        "method: oft, block_size: 4",
+        "method: boft, block_size: 4, stages: 2",
+        "method: diff",
+        "rank: 2, init: pissa",
+        "rank: 2, init: orthogonal, max_norm: 0.05",
+    ],
+)
+def test_every_method_trains_over_sharded_networks_as_in_one_process(recipes, tmp_path, rule):
+    recipe, _ = recipes["lora"]
+    own = [f"targets=[{{match: 'unet.**.attn*.to_q', {rule}}}]", "optimizer.lr=0.01"]
+    well(launch(1, recipe, f"output_dir={tmp_path / 'one'}", *own))
+    well(launch(2, recipe, f"output_dir={tmp_path / 'two'}", *own, flags=FSDP))
+    one, two = tmp_path / "one", tmp_path / "two"
+    moved = norm(difference(tensors(one, 10), tensors(one, 5)))
+    assert moved > 0
+    # Beside the steps' own rounding, that of the weights as they begin: PiSSA's and DoRA's are as large as W.
+    allowed = ROUNDING * moved + 10 * torch.finfo(torch.float32).eps * norm(tensors(one, 5))
+    assert norm(difference(tensors(one, 10), tensors(two, 10))) < allowed
+
+
 def test_a_sharded_run_goes_on_with_another_number_of_processes(recipes, tmp_path):
     recipe, one = recipes["full"]
     out = f"output_dir={tmp_path / 'run'}"
@@ -133,13 +178,13 @@ def test_a_sharded_run_goes_on_with_another_number_of_processes(recipes, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "rate"), [("lora", 2.0), ("full", 0.2)])
-def test_sharded_networks_are_validated_and_their_best_is_kept_as_in_one_process(recipes, tmp_path, method, rate):
+@pytest.mark.parametrize(("method", "rate", "flags"), [("lora", 2.0, ()), ("lora", 2.0, FSDP), ("full", 0.2, FSDP)])
+def test_several_processes_validate_stop_early_and_keep_the_best_as_one_does(recipes, tmp_path, method, rate, flags):
     # Rates at which the loss soon rises: the best is not the last, and the run ends early.
     recipe, _ = recipes[method]
     rising = [f"optimizer.lr={rate}", "train.max_steps=30", "validation.every=1", "validation.early_stop={patience: 2}"]
     rising += ["save.best=true", "save.every=4"]
-    for processes, flags in ((1, ()), (2, FSDP)):
+    for processes in (1, 2):
         well(launch(processes, recipe, f"output_dir={tmp_path / str(processes)}", *rising, flags=flags))
     figures = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("1", "2")]
     assert figures[0].keys() == figures[1].keys()
@@ -150,6 +195,20 @@ def test_sharded_networks_are_validated_and_their_best_is_kept_as_in_one_process
     results = [weights_of(tmp_path / name) for name in ("1", "2")]
     assert results[0].keys() == results[1].keys()
     assert any("best" in name for name in results[0])
+
+
+@pytest.mark.slow
+def test_a_step_that_is_not_finite_is_skipped_by_all_processes_alike(recipes, tmp_path):
+    # A rate at which weights, and so losses, overflow within a step or two.
+    recipe, _ = recipes["lora"]
+    wild = ["optimizer.lr=1e30", "optimizer.max_grad_norm=0", "train.non_finite=skip", "train.max_non_finite=99"]
+    wild += ["validation.prompts=[]", "validation.held_out=null", "train.ema_decay=null"]
+    for processes in (1, 2):
+        well(launch(processes, recipe, f"output_dir={tmp_path / str(processes)}", *wild))
+    told = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()] for name in ("1", "2")]
+    skipped = [[line["step"] for line in lines if "skipped" in line] for lines in told]
+    assert skipped[0] == skipped[1] != []
+    assert set(skipped[0]) < set(range(1, 11))
 
 
 STEPS = 4000  # far more than are done before the run is stopped

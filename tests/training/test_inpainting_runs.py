@@ -237,3 +237,13 @@ def test_an_adapter_on_a_live_bundle_acts_as_in_training(
         split = bundle.family.predict(bundle, seen[:, :4], torch.tensor([500]), condition, seen[:, 4:])
         whole = bundle.unet(seen, torch.tensor([500]), condition).sample
     assert torch.equal(split, whole), "z_t, mask, masked picture, in this order"
+
+
+def test_the_bases_own_prediction_sees_the_same_mask(
+    make_recipe: MakeRecipe, tiny_inpainting_folder: Path, picture_folder: Path, tmp_path: Path
+) -> None:
+    """`target: base` asks the base with what the adapted network is given: a new adapter has nothing to learn."""
+    source = f"data.sources=[{{path: {picture_folder}, target: base}}]"
+    train(make_recipe(source, "optimizer.weight_decay=0.0", base=tiny_inpainting_folder))
+    read = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in read if "loss" in line] == [0.0] * 4

@@ -12,8 +12,8 @@ import torch
 from accelerate import Accelerator
 from safetensors import safe_open
 
-from lora_kit.adapters import load_adapter, set_scale, without_adapters
-from lora_kit.errors import LoraKitError
+from lora_kit.adapters import fuse, load_adapter, set_scale, without_adapters
+from lora_kit.errors import LoraKitError, TargetError
 from lora_kit.models import base_hash, load_bundle
 from lora_kit.training import train
 from lora_kit.training.build import build_run
@@ -142,3 +142,12 @@ def test_what_quantising_did_to_the_base_is_measured(make_recipe, picture_folder
     (line,) = loss_line(run.quantised, now)
     assert f"{sum(before) / len(before):.4f} as it is, {sum(means(now)) / len(now):.4f} in nf4" in line
     assert means(now) != pytest.approx(before, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_live_quantised_network_refuses_to_be_fused_and_keeps_its_adapter(make_recipe, kind):
+    run = build_run(make_recipe(f"model.quantize={kind}", BOTH, "validation.prompts=[]"), Accelerator())
+    layer = next(module for module in run.bundle.unet.modules() if hasattr(module, "lora_A"))
+    with pytest.raises(TargetError, match=r"are quantised .* Nothing was fused"):
+        fuse(run.bundle)
+    assert layer in list(run.bundle.unet.modules())

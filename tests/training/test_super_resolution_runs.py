@@ -14,7 +14,7 @@ import torch
 from diffusers import LDMSuperResolutionPipeline
 from PIL import Image
 
-from lora_kit.adapters import load_adapter, set_scale
+from lora_kit.adapters import load_adapter, read_adapter, set_scale
 from lora_kit.cli.main import main
 from lora_kit.errors import DataError, RecipeError
 from lora_kit.inference import PictureInputs, SamplingSettings, draw
@@ -177,8 +177,8 @@ def test_captions_that_are_there_are_ignored_and_said_once(
 ) -> None:
     train(enlarging(pictures=picture_folder))
     said = capfd.readouterr().err
-    assert said.count("reads no text: the captions of") == 2  # of the training and of the held-out pictures
-    assert "5 pictures are ignored" in said
+    assert said.count("reads no text: the captions of 8 pictures are ignored") == 1
+    assert said.count("ignored") == 1
     train(enlarging(name="bare"))
     assert "ignored" not in capfd.readouterr().err
 
@@ -205,15 +205,54 @@ def test_what_the_recipe_cannot_ask_is_refused_by_run_and_plan(
     assert caught.value.code == 2
 
 
-def test_degradation_is_refused_for_a_base_with_text(enlarging: Callable[..., Recipe], tiny_sd1_folder: Path) -> None:
+@pytest.mark.parametrize("base", ["tiny_sd1_folder", "tiny_inpainting_folder", "tiny_text2im_folder"])
+def test_degradation_is_refused_for_a_base_with_text(
+    base: str, enlarging: Callable[..., Recipe], request: pytest.FixtureRequest
+) -> None:
+    recipe = enlarging(f"model.base={request.getfixturevalue(base)}", "data.sources.0.caption_fallback=x")
     with pytest.raises(RecipeError, match="degradation: is about super-resolution's low-resolution pictures"):
-        train(enlarging(f"model.base={tiny_sd1_folder}", "save.format=kohya", "data.sources.0.caption_fallback=x"))
+        train(recipe)
 
 
 def test_a_text_base_still_needs_captions(enlarging: Callable[..., Recipe], tiny_sd1_folder: Path) -> None:
     recipe = enlarging(f"model.base={tiny_sd1_folder}").model_copy(update={"degradation": None})
     with pytest.raises(DataError, match="no caption"):
         train(recipe)
+
+
+def test_plan_shows_what_a_run_on_bare_pictures_would_train(
+    enlarging: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    enlarging()
+    with pytest.raises(SystemExit) as caught:
+        main(["plan", str(tmp_path / "recipe.yaml"), "--json"])
+    assert not caught.value.code
+    told = json.loads(capsys.readouterr().out)
+    assert [source["pictures"] for source in told["data"]["sources"]] == [8]
+    assert {target["module"]["name"].partition(".")[0] for target in told["plan"]["targets"]} == {"unet"}
+
+
+def test_pefts_layout_holds_the_same_adapter(enlarging: Callable[..., Recipe], trained: Path) -> None:
+    folder = train(enlarging("save.format=peft", name="peft")).path
+    assert (folder / "adapter_config.json").is_file()
+    base = load_bundle(ModelSection(base=enlarging().model.base))
+    one, other = (read_adapter(path, base.components).updates for path in (trained, folder))
+    assert one.keys() == other.keys()
+    for name, update in one.items():
+        assert all(torch.equal(part, other[name].parts()[kind]) for kind, part in update.parts().items())
+        assert update.alpha == other[name].alpha
+
+
+def test_kohyas_layout_has_no_names_for_it(
+    trained: Path, tiny_super_resolution_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "kohya.safetensors"
+    command = ["convert", str(trained), "--to", "kohya", "--base", str(tiny_super_resolution_folder), "--out", str(out)]
+    with pytest.raises(SystemExit) as caught:
+        main(command)
+    assert caught.value.code == 2
+    assert "kohya's layout has no names for ldm_super_resolution" in " ".join(capsys.readouterr().err.split())
+    assert not out.exists()
 
 
 def test_strength_0_is_the_base_and_1_is_not(trained: Path, tiny_super_resolution_folder: Path) -> None:

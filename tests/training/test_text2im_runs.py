@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lora_kit.adapters import load_adapter, read_adapter, set_scale
+from lora_kit.adapters.token_files import read_embedding
 from lora_kit.cli.main import main
 from lora_kit.errors import RecipeError
 from lora_kit.inference import SamplingSettings, generate, prepare
@@ -90,7 +91,8 @@ def test_the_adapter_is_a_diffusers_file_that_names_its_family_and_changes_both_
     assert "text_encoder.model.layers.0.fc1.lora_B.weight" in keys
     state = read_adapter(adapter, bundle_at(tiny_text2im_folder).components)
     assert len(state.updates) * 2 == len(keys)
-    still = [name for name, update in state.updates.items() if not update.weight_delta(1.0).any()]
+    deltas = {name: update.weight_delta(1.0) for name, update in state.updates.items()}
+    still = [name for name, delta in deltas.items() if delta is None or not delta.any()]
     assert still == []
 
 
@@ -245,6 +247,27 @@ def test_strengths_are_drawn_between_base_and_adapter(adapter: Path, tiny_text2i
     base, half, whole = (np.asarray(picture, dtype=np.int16) for picture in pictures)
     assert apart(base, drawn(theirs(tiny_text2im_folder))) <= 1
     assert 0 < np.abs(half - base).mean() < np.abs(whole - base).mean()
+
+
+def test_a_word_is_learned_beside_the_adapter_and_drawn(
+    make_text2im: MakeRecipe, tiny_text2im_folder: Path, tmp_path: Path
+) -> None:
+    tokens = ('tokens=[{token: "<toy>", initializer: cat, vectors: 2}]', 'data.trigger="<toy>"')
+    outcome = train(make_text2im(*tokens))
+    adapter, word = outcome.paths
+    embedding = read_embedding(word)
+    bundle = bundle_at(tiny_text2im_folder)
+    cat = bundle.tokenizer.convert_tokens_to_ids("cat")
+    before = bundle.text_encoder.get_input_embeddings().weight[cat]
+    assert bool((embedding.vectors != before).any(dim=1).all())
+    prepared = prepare(str(tiny_text2im_folder), [adapter], embeddings=[embedding])
+    drawn = [generate(prepared, [prompt], [0], [1.0], SETTINGS)[0].image for prompt in ("red <toy>", "red cat")]
+    assert drawn[0].tobytes() != drawn[1].tobytes()
+    whole = [digest(path) for path in outcome.paths]
+    train(make_text2im(*tokens, f"train.resume={tmp_path / 'run' / 'checkpoints' / 'step-000002'}"))
+    assert [digest(path) for path in outcome.paths] == whole
+    with pytest.raises(RecipeError, match=r"save\.bundle_tokens: the diffusers layout holds no tokens"):
+        train(make_text2im(*tokens, "save.bundle_tokens=true", name="bundled"))
 
 
 @pytest.mark.parametrize(

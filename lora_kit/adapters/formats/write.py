@@ -37,11 +37,12 @@ def write_adapter(
     """Write in `kohya`, `diffusers` or `peft`, whole or not at all, with the same bytes for the same content.
 
     Header facts go along, those that publish captions only if `captions`. Raises AdapterFileError, before anything
-    is written, if the layout cannot hold an update (`refusals`) or the learned tokens that came with the adapter.
+    is written, if the layout cannot hold an update (`refusals`) or the learned tokens that came with the adapter, which
+    only kohya's can.
     """
     if problems := refusals(state, layout):
         name, reason = next(iter(problems.items()))
         raise AdapterFileError(f"{layout}'s layout cannot hold {len(problems)} of the updates: {name}: {reason}")
-    if state.embeddings:
+    if state.embeddings and layout != "kohya":
         raise AdapterFileError(f"{layout}'s layout cannot hold learned tokens: {', '.join(state.embeddings)}")
     WRITERS[layout](path, state._replace(metadata=carried(state.metadata, captions)), dtype)

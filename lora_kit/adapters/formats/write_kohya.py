@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lora_kit.adapters.formats.bundled import bundled_tensors
 from lora_kit.adapters.formats.container import data_hash, legacy_hash, serialise
 from lora_kit.adapters.formats.kohya import kohya_name
 from lora_kit.adapters.formats.lycoris import SUFFIX_OF
@@ -32,6 +33,8 @@ def kohya_tensors(state: AdapterState, dtype: torch.dtype | None = None) -> dict
         count += len(own)
     if len(tensors) != count:
         raise AdapterFileError("two modules of this model have the same name in kohya's layout; it cannot hold both")
+    for key, vectors in bundled_tensors(state.embeddings).items():
+        tensors[key] = cast(vectors, dtype, key)
     return tensors
 
 

@@ -114,9 +114,15 @@ def _places(section: DataSection, folder: Path) -> list[Place]:
     shared = {name for name, count in Counter(names).items() if count > 1}
     labels = [f"{name}@{index}" if name in shared else name for index, name in enumerate(names)]
     return [
-        Place(source, index, labels[index], paths[index], source.alpha or section.alpha)
+        Place(_as_told(source, section), index, labels[index], paths[index], source.alpha or section.alpha)
         for index, source in enumerate(sources)
     ]
+
+
+def _as_told(source: SourceSection, section: DataSection) -> SourceSection:
+    """Where templates stand for captions, pictures need none."""
+    by_template = bool((source.captions or section.captions).templates) and not source.regularisation
+    return source.model_copy(update={"caption_fallback": source.caption_fallback or ""}) if by_template else source
 
 
 def _name(source: SourceSection, path: Path | None) -> str:
