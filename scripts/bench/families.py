@@ -167,18 +167,21 @@ class Row(NamedTuple):
     """Of UNet and text encoder."""
     trained: int
     step: float
-    """Seconds of one."""
+    """Seconds of one, and of all cores together: on a machine with other work the second tells more."""
+    cpu: float
     training: Cost
     merging: Cost
 
     def text(self, name: str) -> str:
-        numbers = f"{self.parameters / 1e6:,.0f} | {self.trained / 1e6:.1f} | {self.step:.1f}"
+        numbers = f"{self.parameters / 1e6:,.0f} | {self.trained / 1e6:.1f} | {self.step:.0f} | {self.cpu:.0f}"
         costs = (f"{cost.seconds:.0f} | {cost.anonymous_mb:,.0f} | {cost.resident_mb:,.0f}" for cost in self[-2:])
         return f"| {name} | {self.side} | {numbers} | {' | '.join(costs)} |"
 
 
-COLUMNS = "base | pixels | million parameters | trained | step, s | run, s | anonymous MB | resident MB | merge, s"
-HEAD = f"| {COLUMNS} | anonymous MB | resident MB |\n{'|---' * 11}|"
+COLUMNS = (
+    "base | pixels | million parameters | trained | step, s | CPU s | run, s | anonymous MB | resident MB | merge, s"
+)
+HEAD = f"| {COLUMNS} | anonymous MB | resident MB |\n{'|---' * 12}|"
 
 
 def write_recipe(root: Path, side: int, steps: int, overrides: Mapping[str, Any]) -> None:
@@ -207,16 +210,16 @@ def write_recipe(root: Path, side: int, steps: int, overrides: Mapping[str, Any]
 
 
 def train_once(root: Path) -> None:
-    """The run, with each step's seconds in steps.json."""
+    """The run, with each step's seconds and CPU seconds in steps.json."""
     from lora_kit.recipe import load_recipe
     from lora_kit.training import run, train
 
-    step, seconds = run.training_step, list[float]()
+    step, seconds = run.training_step, list[tuple[float, float]]()
 
     def timed(*arguments: Any, **options: Any) -> Any:
-        started = time.perf_counter()
+        started = time.perf_counter(), time.process_time()
         done = step(*arguments, **options)
-        seconds.append(time.perf_counter() - started)
+        seconds.append((time.perf_counter() - started[0], time.process_time() - started[1]))
         return done
 
     run.training_step = timed
@@ -236,8 +239,8 @@ def row_of(name: str, root: Path, steps: int, quick: bool) -> Row:
     adapter, out = root / "run" / "adapter.safetensors", root / "out"
     command = ["-m", "lora_kit", "merge", str(root / "base"), "--adapter", str(adapter), "--out", str(out)]
     merging = measure([sys.executable, *command])
-    step = json.loads((root / "steps.json").read_text())[-1]
-    return Row(side, sum(plan.base_parameters.values()), plan.trainable_parameters, step, training, merging)
+    step, cpu = json.loads((root / "steps.json").read_text())[-1]
+    return Row(side, sum(plan.base_parameters.values()), plan.trainable_parameters, step, cpu, training, merging)
 
 
 def build(name: str, root: Path, quick: bool) -> None:
