@@ -70,6 +70,8 @@ def _text_problems(recipe: Recipe) -> Iterator[Problem]:
     ):
         for problem in idle(section, keys, _NO_TEXT):
             yield Problem((name, *problem.path), problem.message)
+    if recipe.tokens:
+        yield Problem(("tokens",), _NO_TEXT)
     if validation.drift_prompts:
         yield Problem(("validation", "drift_prompts"), _NO_TEXT)
     for index, source in enumerate(data.sources):
