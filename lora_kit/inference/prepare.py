@@ -42,16 +42,17 @@ def prepare(
 ) -> Prepared:
     """Load `base` and put the adapter files' layers in, all at strength 1 until `scale_adapters`.
 
-    On the GPU if there is one. `dtype` None: fp16 on a GPU, fp32 on a CPU; the VAE is fp32 always (SD's overflows in
-    fp16). Warns about files that say they were trained on another family or base; that is allowed where the shapes
-    fit. What a header says of prediction and zero terminal SNR is followed, with a warning. `rules`: strengths per
-    module for all files alike, `glob=number` or block weights (`targeting.block_scales`). embeddings: learned tokens
-    that prompts may say, whatever the strengths. Raises ModelError, AdapterFileError, or RecipeError for a rule that is
-    wrong or matches no adapted module.
+    On the GPU if there is one. `dtype` None: fp16 on a GPU, fp32 on a CPU; the VAE is fp32 always (SD's overflows
+    in fp16). Warns about files that say they were trained on another family or base; that is allowed where the
+    shapes fit. What a header says of prediction and zero terminal SNR is followed, with a warning, unless the
+    base's section says what is predicted. `rules`: strengths per module for all files alike, `glob=number` or block
+    weights (`targeting.block_scales`). embeddings: learned tokens that prompts may say, whatever the strengths.
+    Raises ModelError, AdapterFileError, or RecipeError for a rule that is wrong or matches no adapted module.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     raws = [read_raw(path) for path in files]
     section = ModelSection(base=base) if isinstance(base, str) else base
+    asked = section.prediction_type is not None
     section, warnings = settle_prediction(section, files, [raw.metadata for raw in raws])
     bundle = load_bundle(section, dtype or (torch.float16 if device == "cuda" else torch.float32))
     if bundle.prediction_type != (said := bundle.scheduler_config.get("prediction_type", "epsilon")):
@@ -61,7 +62,7 @@ def prepare(
     states = [fitted_to(path, raw, modules, called, family) for path, raw in zip(files, raws, strict=True)]
     warnings += _mismatches(files, states, bundle)
     shares = _shares(bundle, states, rules)
-    warnings += follow_schedules(bundle, files, [state.metadata for state in states])
+    warnings += follow_schedules(bundle, files, [state.metadata for state in states], asked)
     for network in bundle.networks:
         network.to(device)
     names = tuple(f"adapter_{index}" for index in range(len(files)))

@@ -12,8 +12,12 @@ from lora_kit.models.schedules import ZERO_TERMINAL_SNR
 from lora_kit.recipe import ModelSection
 
 
-def follow_schedules(bundle: ModelBundle, files: Sequence[Path], headers: Sequence[Mapping[str, str]]) -> list[str]:
+def follow_schedules(
+    bundle: ModelBundle, files: Sequence[Path], headers: Sequence[Mapping[str, str]], asked: bool = False
+) -> list[str]:
     """Put into the bundle what the files' headers say of prediction and schedule; what to tell of it.
+
+    asked: the user said what the base predicts, which no file goes over.
 
     The first file that needs another schedule than the base's decides, for the base too: at strength 0 it is drawn on
     that schedule. Files that say otherwise are named.
@@ -22,6 +26,10 @@ def follow_schedules(bundle: ModelBundle, files: Sequence[Path], headers: Sequen
     decided: Path | None = None
     for path, header in zip(files, headers, strict=True):
         trained = trained_schedule(str(path), header)
+        if asked and trained.prediction_type not in (None, bundle.prediction_type):
+            said = f"{path}: was trained to predict {trained.prediction_type}"
+            warnings.append(f"{said}; pictures are drawn as {bundle.prediction_type}, as asked")
+            trained = trained._replace(prediction_type=None)
         zero = bool(bundle.scheduler_config.get("rescale_betas_zero_snr"))
         differing = schedule_differences(trained, bundle.prediction_type, zero)
         if not differing:

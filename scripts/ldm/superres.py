@@ -177,7 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=Path, default=Path("data/openmoji/color"))
     parser.add_argument("--out", type=Path, default=Path("runs/ldm-superres/fresh"))
-    parser.add_argument("--steps", type=int, default=1200, help="of the autoencoder; the codebook's are a quarter")
+    parser.add_argument("--steps", type=int, default=700, help="of the autoencoder; the codebook's are a quarter")
     arguments = parser.parse_args()
 
     torch.manual_seed(0)

@@ -106,6 +106,16 @@ def test_an_answer_that_goes_over_the_bases_own_is_told(
     assert "says that it predicts v_prediction; drawn as epsilon, as asked" in capsys.readouterr().err
 
 
+def test_no_adapter_goes_over_what_was_asked(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = files / "ours_v.safetensors"
+    assert generate(files, "epsilon", tmp_path / "a", "--adapter", adapter, "--prediction-type", "epsilon") == 0
+    assert "was trained to predict v_prediction; pictures are drawn as epsilon, as asked" in capsys.readouterr().err
+    drawn, about = picture(tmp_path / "a")
+    assert about["prediction_type"] == "epsilon"
+    generate(files, "epsilon", tmp_path / "b", "--adapter", files / "silent.safetensors")
+    assert drawn == picture(tmp_path / "b")[0]
+
+
 def test_grid_takes_it_too(files: Path, tmp_path: Path) -> None:
     options = ["--tokenizer", files / "tokenizer", "--scales", "1", "--out", tmp_path / "grid.png"]
     command = ["grid", files / "base.safetensors", "--adapter", files / "silent.safetensors", *DRAW, *options]

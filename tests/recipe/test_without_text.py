@@ -34,6 +34,7 @@ def test_everything_wrong_is_told_at_once() -> None:
         data={"trigger": "sks", "resolution": 48},
         validation={"prompts": ["a cat"], "negative_prompt": "blurry", "guidance": 3, "drift_prompts": ["a dog"]},
         model={"tokenizer": "somewhere"},
+        tokens=[{"token": "<sks>", "initializer": "cat"}],
     )
     assert [line.split(":")[0].strip() for line in told] == [
         "data.trigger",
@@ -41,6 +42,7 @@ def test_everything_wrong_is_told_at_once() -> None:
         "validation.negative_prompt",
         "validation.guidance",
         "model.tokenizer",
+        "tokens",
         "validation.drift_prompts",
         "data.resolution",
     ]
