@@ -7,7 +7,7 @@ img2img.png: pictures drawn anew under another prompt, at rising strength, by th
 
 inpaint.png: pictures that inpainting.yaml held out, mirrored (the base knows them by their names, the other way round),
 filled by the widened base before and after its training, and by the tiny base itself, which sees no mask. Also prints
-how far each of the 16 is from the true picture within the mask: mean absolute difference of 8-bit values.
+how far all of them are from the true pictures, within the mask and around it: mean absolute difference of 8-bit values.
 """
 
 from __future__ import annotations
@@ -50,11 +50,12 @@ def picture_of(folder: Path, name: str) -> Image.Image:
         return square_picture(picture.convert("RGB"), SIDE)
 
 
-def error_within(drawn: Image.Image, given: PictureInputs) -> float:
-    """Mean absolute difference of the masked pixels' 8-bit values."""
+def errors(drawn: Image.Image, given: PictureInputs) -> tuple[float, float]:
+    """Mean absolute difference of 8-bit values from the true picture: within the mask, and around it."""
     assert given.mask is not None
     difference = np.abs(np.asarray(drawn, dtype=np.float64) - np.asarray(given.image, dtype=np.float64))
-    return float(difference[np.asarray(given.mask) >= 128].mean())
+    inside = np.asarray(given.mask) >= 128
+    return float(difference[inside].mean()), float(difference[~inside].mean())
 
 
 def masks() -> list[Image.Image]:
@@ -95,8 +96,10 @@ def inpaint_sheet(folder: Path, bases: dict[str, str]) -> Image.Image:
     columns = [pictures, [Image.composite(grey, one.image, one.mask) for one in inputs if one.mask is not None]]
     for label, base in bases.items():
         columns.append(drawn(bundle_of(base), names, inputs, 1.0))
-        errors = [error_within(picture, given) for picture, given in zip(columns[-1], inputs, strict=True)]
-        print(f"{label}: {np.mean(errors):.1f} ± {np.std(errors, ddof=1) / len(errors) ** 0.5:.1f} (standard error)")
+        found = np.array([errors(picture, given) for picture, given in zip(columns[-1], inputs, strict=True)])
+        means, deviations = found.mean(0), found.std(0, ddof=1) / len(found) ** 0.5
+        told = [f"{mean:.1f} ± {own:.1f}" for mean, own in zip(means, deviations, strict=True)]
+        print(f"{label}: within the mask {told[0]}, around it {told[1]} (standard errors, {len(found)} pictures)")
     rows = [list(row) for row in zip(*columns, strict=True)]
     return compose_grid(rows[:SHOWN], names[:SHOWN], ["picture", "masked", *bases])
 
