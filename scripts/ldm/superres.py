@@ -10,6 +10,7 @@ and three out. Pictures of kind `food` are seen by none of the four: the recipes
 
 The first stage is trained without its codebook; then its latents are turned to zero mean and unit variance (diffusers'
 pipeline scales them by nothing), the codebook is laid among them by k-means, and the decoder learns to live with it.
+Three channels learn hue last: after 700 steps colours are still wrong, which is then the most that the UNet can do.
 """
 
 from __future__ import annotations
@@ -177,7 +178,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=Path, default=Path("data/openmoji/color"))
     parser.add_argument("--out", type=Path, default=Path("runs/ldm-superres/fresh"))
-    parser.add_argument("--steps", type=int, default=700, help="of the autoencoder; the codebook's are a quarter")
+    parser.add_argument("--steps", type=int, default=4000, help="of the autoencoder; the codebook has a quarter")
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
