@@ -39,7 +39,7 @@ class JoinedLinear(Linear):
         plain = None if args or kwargs else _plain(self, nn.Linear)
         dtype = _common_dtype(x, plain)
         if plain is None or dtype is None:
-            return cast(Tensor, super().forward(x, *args, **kwargs))
+            return super().forward(x, *args, **kwargs)
         return cast(Tensor, _Linear.apply(x.to(dtype), *_cast(plain, dtype), plain.scale))
 
 
@@ -52,7 +52,7 @@ class JoinedConv2d(Conv2d):
         dtype = _common_dtype(x, plain)
         base = cast(nn.Conv2d, self.base_layer)
         if plain is None or dtype is None or x.ndim != 4 or not _is_usual(base):
-            return cast(Tensor, super().forward(x, *args, **kwargs))
+            return super().forward(x, *args, **kwargs)
         window = (base.stride, base.padding)
         return cast(Tensor, _Conv.apply(x.to(dtype), *_cast(plain, dtype), plain.scale, window))
 
@@ -63,9 +63,9 @@ def _is_usual(conv: nn.Conv2d) -> bool:
     return simple and not isinstance(conv.padding, str)
 
 
-def _plain(layer: Any, kind: type[nn.Module]) -> Plain | None:
-    """The layer's one active adapter, if there is nothing about it but two factors over a frozen module of torch's."""
-    base = layer.base_layer
+def _plain(layer: Any, kind: Any) -> Plain | None:
+    """The layer's one active adapter, if there is nothing about it but two factors over a frozen module of class `kind`."""
+    base: Any = layer.base_layer
     if type(base) is not kind or layer.disable_adapters or layer.merged or layer.lora_variant:
         return None
     active = [name for name in layer.active_adapters if name in layer.lora_A]
