@@ -64,7 +64,7 @@ def _is_usual(conv: nn.Conv2d) -> bool:
 
 
 def _plain(layer: Any, kind: Any) -> Plain | None:
-    """The layer's one active adapter, if there is nothing about it but two factors over a frozen module of class `kind`."""
+    """The layer's one active adapter, if it is no more than two factors over a frozen module of class `kind`."""
     base: Any = layer.base_layer
     if type(base) is not kind or layer.disable_adapters or layer.merged or layer.lora_variant:
         return None
