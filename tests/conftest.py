@@ -17,7 +17,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from small_super_resolution import small_super_resolution
 from small_tokenizers import SUBJECTS, small_tokenizer
+from text2im_samples import small_text2im
 
 from lora_kit.models import ModelBundle, load_bundle
 from lora_kit.recipe import ModelSection
@@ -25,8 +27,14 @@ from lora_kit.recipe import ModelSection
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
-def _small_pipeline(version: int) -> Any:
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+def _small_pipeline(version: int, fills_masks: bool = False) -> Any:
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionInpaintPipeline,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
     from transformers import CLIPTextConfig, CLIPTextModel
 
     second = version == 2
@@ -34,6 +42,7 @@ def _small_pipeline(version: int) -> Any:
     tokenizer = small_tokenizer("!" if second else "<|endoftext|>")
     unet = UNet2DConditionModel(
         sample_size=8,
+        in_channels=9 if fills_masks else 4,
         block_out_channels=(32, 64),
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -74,7 +83,8 @@ def _small_pipeline(version: int) -> Any:
         steps_offset=1,
         prediction_type="v_prediction" if second else "epsilon",
     )
-    return StableDiffusionPipeline(
+    kind = StableDiffusionInpaintPipeline if fills_masks else StableDiffusionPipeline
+    return kind(
         vae=vae,
         text_encoder=CLIPTextModel(text_config),
         tokenizer=tokenizer,
@@ -100,6 +110,46 @@ def tiny_sd2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bases") / "tiny-sd2"
     _small_pipeline(2).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_inpainting_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As tiny_sd1_folder, for inpainting: a UNet that is given mask and masked picture too."""
+    folder = tmp_path_factory.mktemp("bases") / "tiny-inpainting"
+    _small_pipeline(1, fills_masks=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_inpainting2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As tiny_inpainting_folder, in v2's shape."""
+    folder = tmp_path_factory.mktemp("bases") / "tiny-inpainting2"
+    _small_pipeline(2, fills_masks=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_text2im_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As tiny_sd1_folder: a small LDM text-to-image model with LDMBert and a KL first stage."""
+    folder = tmp_path_factory.mktemp("bases") / "tiny-text2im"
+    small_text2im().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_real_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function: name in real_configs.PUBLISHED → a random narrow base with that one's very blocks and layers, each
+    made once. Read-only by convention."""
+    from real_configs import small_base
+
+    place, made = tmp_path_factory.mktemp("real-bases"), dict[str, Path]()
+
+    def make(name: str) -> Path:
+        if name not in made:
+            made[name] = small_base(place / name, name)
+        return made[name]
+
+    return make
 
 
 @pytest.fixture(params=["tiny_sd1_folder", "tiny_sd2_folder"])
@@ -144,3 +194,11 @@ def make_picture_folder() -> Callable[..., Path]:
 def picture_folder(tmp_path_factory: pytest.TempPathFactory, make_picture_folder: Callable[..., Path]) -> Path:
     """Eight captioned pictures of 40 × 48 pixels. Read-only by convention."""
     return make_picture_folder(tmp_path_factory.mktemp("pictures") / "eight")
+
+
+@pytest.fixture(scope="session")
+def tiny_super_resolution_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random LDM super-resolution model, as tiny_sd1_folder: no text, pictures four times enlarged."""
+    folder = tmp_path_factory.mktemp("bases") / "tiny-super-resolution"
+    small_super_resolution().save_pretrained(folder)
+    return folder

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lora_kit.adapters.delta_layer import DeltaLayer
 from lora_kit.adapters.dropouts import add_dropouts
 from lora_kit.adapters.inits import initial_pair
+from lora_kit.adapters.joined import JoinedConv2d, JoinedLinear
 from lora_kit.targeting import Target, canonical_name
 
 
@@ -100,7 +101,7 @@ def _layer(module: nn.Module, config: LoraConfig, adapter_name: str) -> Linear |
         module.update_layer(adapter_name, rank, alpha, config=config)  # pyright: ignore[reportUnknownMemberType] - PEFT
         return module
     base = base_layer(module)
-    wrapper = Linear if isinstance(base, nn.Linear) else Conv2d
+    wrapper = JoinedLinear if isinstance(base, nn.Linear) else JoinedConv2d
     layer = wrapper(base, adapter_name, config=config, r=rank, lora_alpha=alpha)
     layer.base_layer = module  # a DeltaLayer, it may be: PEFT reads the shapes off the network's own module
     return layer

@@ -12,6 +12,9 @@ from lora_kit.errors import TargetError
 NETWORKS = ("unet", "text_encoder")
 """The components of a pipeline that adapters change."""
 
+_OTHER_NAMES = {"text_encoder": "bert"}
+"""What LDMTextToImagePipeline calls it."""
+
 Model = Any
 """A diffusers pipeline, a `ModelBundle`, or a mapping such as {"unet": unet, "text_encoder": text_encoder}."""
 
@@ -29,7 +32,8 @@ def components_of(model: Model) -> dict[str, nn.Module]:
             f"got a {type(model).__name__}; allowed: a diffusers pipeline, a ModelBundle, or a mapping of networks "
             'such as {"unet": unet, "text_encoder": text_encoder}.'
         )
-    found = {name: offered[name] for name in NETWORKS if isinstance(offered.get(name), nn.Module)}
+    names = {name: _OTHER_NAMES.get(name, name) if name not in offered else name for name in NETWORKS}
+    found = {name: offered[own] for name, own in names.items() if isinstance(offered.get(own), nn.Module)}
     if not found:
         raise TargetError(f"this {type(model).__name__} has neither {' nor '.join(NETWORKS)}, which adapters change.")
     return found

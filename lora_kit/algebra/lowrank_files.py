@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from lora_kit.adapters.formats.family import family_of
 from lora_kit.adapters.io import RawAdapter, fitted, read_raw
 from lora_kit.adapters.state import AdapterState
 from lora_kit.errors import AdapterFileError
+from lora_kit.merging.other_family import fitted_to
 from lora_kit.models.known_trees import known_trees
 from lora_kit.models.outline import read_outline
 from lora_kit.recipe import ModelSection
@@ -62,10 +64,15 @@ def fitting_base(path: Path, raw: RawAdapter, base: str | None = None) -> tuple[
         errors[name] = state
     nearest = min(errors, key=lambda name: str(errors[name]).count("\n"))
     if base is not None:
-        raise errors[nearest]
+        fitted_to(path, raw, {module.name: module for module in trees[base]}, base)  # names both families
     raise AdapterFileError(
         f"{errors[nearest]}\n(tried {', '.join(trees)}; this is what {nearest} says. --base names another base)"
     )
+
+
+def told_family(metadata: Mapping[str, str], base: str) -> str:
+    """The family by an adapter's header, else by the base that it was read against: a known one's name, or a path."""
+    return family_of(metadata) or (base if base in known_trees() else read_outline(ModelSection(base=base)).family)
 
 
 def file_hash(path: Path) -> str:
@@ -78,7 +85,8 @@ def file_hash(path: Path) -> str:
 
 
 def _tree(base: str) -> list[ModuleInfo]:
-    return read_outline(ModelSection(base=base)).tree
+    # What the network predicts does not matter here, and a single file may not say it.
+    return read_outline(ModelSection(base=base, prediction_type="epsilon")).tree
 
 
 def _likely(raws: Sequence[RawAdapter], trees: Trees) -> list[str]:

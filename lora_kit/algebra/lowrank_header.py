@@ -6,8 +6,10 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from lora_kit.adapters.formats.header import tool_version
+from lora_kit.adapters.formats.header import INPAINTING, base_names, tool_version
+from lora_kit.adapters.formats.objective_header import modelspec_prediction
 from lora_kit.adapters.updates import LoraUpdate, Update
+from lora_kit.models.family_names import PIPELINE_FAMILIES
 
 _BASE_KEYS = (
     "ss_base_model_version",
@@ -19,10 +21,11 @@ _BASE_KEYS = (
     "modelspec.resolution",
     "lora_kit.family",
     "lora_kit.base_hash",
+    "lora_kit.scheduler",
+    "ss_zero_terminal_snr",
 )
 _STALE = ("lora_kit.plan", "sshs_model_hash", "sshs_legacy_hash", "lora_adapter_metadata", "ss_network_args")
 """Facts of the old ranks: the file written has others, and would be misread by them."""
-_BASES = {"sd1": ("sd_v1", "stable-diffusion-v1/lora"), "sd2": ("sd_v2", "stable-diffusion-v2-512/lora")}
 
 
 def derived_metadata(
@@ -54,9 +57,17 @@ def network_facts(updates: Mapping[str, Update]) -> dict[str, str]:
     return {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": f"{alpha:g}"}
 
 
-def base_facts(base: str) -> dict[str, str]:
-    """What readers are told of a base that is known by its shapes alone (`sd1`, `sd2`); nothing for others."""
-    if base not in _BASES:
+def base_facts(family: str, predicts: str | None) -> dict[str, str]:
+    """What readers are told of a base that is known by its modules (`sd1`, `sd2-inpainting`), and of what it predicts
+    (None: it does not say, and then its name, which would say it too, is left out); nothing for unknown ones."""
+    if family in PIPELINE_FAMILIES.values():
+        return {"lora_kit.family": family}
+    generation = family.removesuffix(INPAINTING)
+    if generation not in ("sd1", "sd2"):
         return {}
-    version, architecture = _BASES[base]
-    return {"ss_base_model_version": version, "ss_v2": str(base == "sd2"), "modelspec.architecture": architecture}
+    facts = {"ss_v2": str(generation == "sd2")} | ({} if family == generation else {"lora_kit.family": family})
+    if predicts is None:
+        return facts | {"modelspec.architecture": f"stable-diffusion-{generation.replace('sd', 'v')}/lora"}
+    version, architecture = base_names(generation, predicts == "v_prediction")
+    prediction = {"modelspec.prediction_type": modelspec_prediction(predicts)}
+    return facts | {"ss_base_model_version": version, "modelspec.architecture": architecture} | prediction

@@ -21,7 +21,7 @@ NEEDS_BASE = "ΔW depends on the base's weight: needs --dense and --base"
 
 _BLOCK = re.compile(
     r"(?P<unet>unet)[._](?:(?P<way>down|up)_blocks[._](?P<level>\d+)|(?P<mid>mid_block))"
-    r"|(?:text_encoder|lora_te)[._](?:text_model[._])?encoder[._]layers[._](?P<layer>\d+)"
+    r"|(?:text_encoder|lora_te)[._](?:(?:text_model[._])?encoder|model)[._]layers[._](?P<layer>\d+)"
 )
 
 

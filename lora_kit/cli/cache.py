@@ -60,7 +60,7 @@ def _fill(recipes: Sequence[Recipe]) -> None:
                 f"data.cache: got {recipe.data.cache}, with which nothing is kept on disk. Set it to disk in the "
                 "recipe, or add data.cache=disk here and when you train."
             )
-    from lora_kit.inference.sampling import vae_factor
+    from lora_kit.models.first_stage import vae_factor
     from lora_kit.progress import progress
     from lora_kit.training.caching import data_sets, fill_cache, open_cache
     from lora_kit.training.encoders import load_encoders, trains_text_encoder
@@ -71,7 +71,7 @@ def _fill(recipes: Sequence[Recipe]) -> None:
         bundle = load_encoders(recipe)
         cache = open_cache(recipe, bundle, trains_text_encoder(recipe, bundle))
         accelerator = build_accelerator(recipe)
-        for data in data_sets(recipe, cache.hints, progress, vae_factor(bundle)):
+        for data in data_sets(recipe, cache.hints, progress, vae_factor(bundle), bundle.has_text):
             filled = fill_cache(cache, data, bundle, accelerator, progress)
             views = len(filled.latents) * filled.latents.versions if filled.latents else 0
             captions = len(filled.texts) if filled.texts else 0

@@ -14,7 +14,7 @@ MethodName = Literal["concat", "svd", "ties", "dare"]
 
 def command(
     files: Annotated[list[str], typer.Argument(metavar="FILE[:WEIGHT]…", help="Adapters of one base.")],
-    out: Annotated[Path, typer.Option(help="The new file (kohya layout).")],
+    out: Annotated[Path, typer.Option(help="The new file (kohya layout, diffusers' for LDM).")],
     method: Annotated[MethodName, typer.Option(help="concat: exact; svd: cut to a rank; ties, dare.")] = "concat",
     rank: Annotated[int | None, typer.Option(help="Highest rank of a module.")] = None,
     keep: Annotated[float | None, typer.Option(help="Share of each module's energy Σσ² to keep, such as 0.95.")] = None,
@@ -29,12 +29,12 @@ def command(
     wanted = [parse_adapter(text, "FILE[:WEIGHT]") for text in files]
     refuse_existing([out], overwrite)
 
-    from lora_kit.adapters import write_kohya
     from lora_kit.adapters.state import AdapterState
     from lora_kit.algebra.combine import CombineOptions, combine
-    from lora_kit.algebra.lowrank_files import open_adapters
+    from lora_kit.algebra.lowrank_files import open_adapters, told_family
     from lora_kit.algebra.lowrank_header import derived_metadata
-    from lora_kit.cli.ranks import base_weights, budget_of, tell, token_notes
+    from lora_kit.cli.ranks import base_weights, budget_of, schedule_notes, tell, token_notes
+    from lora_kit.cli.written import write_derived
     from lora_kit.progress import progress
 
     options = CombineOptions(
@@ -55,5 +55,5 @@ def command(
     if method in ("ties", "dare"):
         record |= {"density": density} | ({"seed": seed} if method == "dare" else {})
     metadata = derived_metadata([one.state.metadata for one in opened], combined.updates, "combined", record)
-    write_kohya(out, AdapterState(combined.updates, metadata))
-    tell(combined.losses, token_notes(opened), out, as_json)
+    write_derived(out, AdapterState(combined.updates, metadata), told_family(metadata, opened[0].base))
+    tell(combined.losses, [*token_notes(opened), *schedule_notes(opened)], out, as_json)

@@ -45,7 +45,7 @@ def command(
     from lora_kit.adapters import read_raw, write_adapter
 
     raw = read_raw(file)
-    state = _state(file, raw, base)
+    state = _state(file, raw, base, to)
     wanted = torch_dtype(dtype) if dtype else None
     state, said = _holdable(state, to, cut, wanted, base)
     _check_tokens(state, to, tokens)
@@ -70,11 +70,16 @@ def _cut(densify: bool, rank: int | None, keep: float | None) -> Cut | None:
     return Cut(rank) if keep is None else Cut(rank, keep)
 
 
-def _state(file: Path, raw: RawAdapter, base: str | None) -> AdapterState:
-    """The adapter under module names: those of the base, or of the first known one that it fits."""
-    from lora_kit.algebra.lowrank_files import fitting_base
+def _state(file: Path, raw: RawAdapter, base: str | None, to: str) -> AdapterState:
+    """The adapter under module names: those of the base, or of the first known one that it fits. Raises
+    AdapterFileError where `to` has no names for that base's family."""
+    from lora_kit.algebra.lowrank_files import fitting_base, told_family
+    from lora_kit.models.adapter_layouts import kohya_problem
 
-    return fitting_base(file, raw, base)[1]
+    name, state = fitting_base(file, raw, base)
+    if to == "kohya" and (why := kohya_problem(told_family(raw.metadata, name))) is not None:
+        raise AdapterFileError(f"{file}: {why} Nothing was written.")
+    return state
 
 
 def _holdable(
@@ -107,10 +112,14 @@ def _refusal(to: str, problems: dict[str, str]) -> str:
 
 def _weights(base: str) -> WeightOf:
     """The base's own weights by module name."""
-    from lora_kit.models import load_bundle
+    import torch
+
+    from lora_kit.models.loading import open_layout
     from lora_kit.recipe import ModelSection
 
-    components = load_bundle(ModelSection(base=base)).components
+    # Neither the tokenizer nor what the network predicts matters here, and a single file may say neither.
+    with open_layout(ModelSection(base=base, prediction_type="epsilon")) as layout:
+        components = {"unet": layout.unet(torch.float32), "text_encoder": layout.text_encoder(torch.float32)}
 
     def weight_of(name: str) -> torch.Tensor:
         component, _, inner = name.partition(".")

@@ -13,12 +13,16 @@ from PIL.PngImagePlugin import PngInfo
 
 from lora_kit.adapters.token_files import read_embedding
 from lora_kit.cli.options import AdapterOption, DtypeName, parse_size, torch_dtype
+from lora_kit.errors import RecipeError
 from lora_kit.files import write_atomically
 from lora_kit.inference import Prepared, SamplingSettings, default_settings, prepare
+from lora_kit.inference.sampling import check_prompts
+from lora_kit.inference.starts import Inputs
+from lora_kit.recipe import ModelSection
 
 
 def open_base(
-    base: str,
+    base: ModelSection,
     adapters: Sequence[AdapterOption],
     dtype: DtypeName | None,
     rules: Sequence[str] = (),
@@ -39,10 +43,24 @@ def _token_and_file(text: str) -> tuple[str, str]:
     return (token, file) if equals and not Path(text).exists() else ("", text)
 
 
-def settings_for(prepared: Prepared, size: str | None, asked: SamplingSettings) -> SamplingSettings:
-    """`asked`, in `size` or in the size the base was made for."""
-    default = default_settings(prepared.bundle)
-    width, height = parse_size(size) if size else (default.width, default.height)
+def fitted_inputs(prepared: Prepared, prompt: Sequence[str] | None, inputs: Inputs) -> Inputs:
+    """The pictures as the base takes them. Raises RecipeError for those it cannot take, and where it needs a prompt."""
+    bundle = prepared.bundle
+    if bundle.has_text and not prompt:
+        raise RecipeError(f"{bundle.source} reads text: say what to draw with --prompt (an empty one is --prompt '')")
+    if prompt:
+        check_prompts(bundle, prompt)
+    return None if inputs is None else [bundle.family.fitted_input(bundle, one) for one in inputs]
+
+
+def settings_for(
+    prepared: Prepared, size: str | None, asked: SamplingSettings, inputs: Inputs = None
+) -> SamplingSettings:
+    """`asked`, in `size`, or in the size that comes of the first input, or in the size the base was made for."""
+    bundle = prepared.bundle
+    default = default_settings(bundle)
+    own = bundle.family.drawn_size(bundle, inputs[0].image.size) if inputs else (default.width, default.height)
+    width, height = parse_size(size) if size else own
     return replace(asked, width=width, height=height)
 
 
@@ -78,6 +96,7 @@ def facts_of(
         "steps": str(settings.steps),
         "guidance": f"{settings.guidance:g}",
         "sampler": settings.sampler,
+        **({"eta": f"{settings.eta:g}"} if settings.eta else {}),
         "size": f"{settings.width}x{settings.height}",
         "long_prompts": settings.long_prompts,
         **({"scale_rules": json.dumps(rules)} if rules else {}),

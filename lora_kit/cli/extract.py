@@ -18,7 +18,7 @@ SHOWN = 8
 def command(
     base: Annotated[str, typer.Argument(help="A diffusers folder, a single-file checkpoint, or `tiny`.")],
     tuned: Annotated[str, typer.Argument(help="The same after training, in either layout.")],
-    out: Annotated[Path, typer.Option(help="The new file (kohya layout).")],
+    out: Annotated[Path, typer.Option(help="The new file (kohya layout, diffusers' for LDM).")],
     rank: Annotated[int | None, typer.Option(help="Highest rank of a module.")] = None,
     keep: Annotated[float | None, typer.Option(help="Share of each module's energy Σσ² to keep, such as 0.95.")] = None,
     norms: Annotated[bool, typer.Option("--norms", help="Also differences of norm layers (LyCORIS keys).")] = False,
@@ -34,11 +34,11 @@ def command(
     """
     refuse_existing([out], overwrite)
 
-    from lora_kit.adapters import write_kohya
     from lora_kit.adapters.state import AdapterState
     from lora_kit.algebra.extract import ExtractOptions, extract
     from lora_kit.algebra.extract_header import extracted_metadata
     from lora_kit.cli.ranks import base_path, budget_of, tell
+    from lora_kit.cli.written import write_derived
     from lora_kit.progress import progress
 
     options = ExtractOptions(
@@ -50,7 +50,7 @@ def command(
     )
     paths = base_path(base), base_path(tuned)
     found = extract(*paths, options, progress)
-    write_kohya(out, AdapterState(found.updates, extracted_metadata(found, *paths, options)))
+    write_derived(out, AdapterState(found.updates, extracted_metadata(found, *paths, options)), found.family)
     tell(found.losses, _notes(found), out, as_json)
 
 

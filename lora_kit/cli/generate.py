@@ -13,20 +13,34 @@ from lora_kit.cli.options import (
     BLOCK_WEIGHTS_HELP,
     EMBEDDING_HELP,
     LONG_PROMPTS_HELP,
+    PREDICTION_HELP,
     SCALE_HELP,
+    TOKENIZER_HELP,
     DtypeName,
     LongPrompts,
+    PredictionName,
+    base_section,
     parse_adapter,
     parse_size,
     refuse_existing,
     scale_rules,
 )
+from lora_kit.cli.picture_options import (
+    ETA_HELP,
+    IMAGE_HELP,
+    MASK_HELP,
+    PROMPT_HELP,
+    SAMPLER_HELP,
+    STRENGTH_HELP,
+    picture_options,
+    prompts_or_pictures,
+)
 
 
 def command(
     base: Annotated[str, typer.Argument(help="A diffusers folder, a checkpoint file, a hub id, or `tiny`.")],
-    prompt: Annotated[list[str], typer.Option(help="What to draw. May be given several times.")],
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")],
+    prompt: Annotated[list[str] | None, typer.Option(help=PROMPT_HELP)] = None,
     adapter: Annotated[list[str] | None, typer.Option(help="FILE or FILE:SCALE. May be given several times.")] = None,
     scale: Annotated[list[str] | None, typer.Option(help=SCALE_HELP)] = None,
     block_weights: Annotated[str | None, typer.Option(help=BLOCK_WEIGHTS_HELP)] = None,
@@ -37,8 +51,14 @@ def command(
     steps: Annotated[int, typer.Option(min=1, help="Sampler steps.")] = 25,
     guidance: Annotated[float, typer.Option(min=0, help="Classifier-free guidance; 1 or less turns it off.")] = 7.5,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels. Default: the base's own.")] = None,
-    sampler: Annotated[str, typer.Option(help="ddim, dpm++, euler or pndm.")] = "ddim",
+    sampler: Annotated[str, typer.Option(help=SAMPLER_HELP)] = "ddim",
+    eta: Annotated[float, typer.Option(min=0, max=1, help=ETA_HELP)] = 0.0,
+    image: Annotated[list[Path] | None, typer.Option(help=IMAGE_HELP)] = None,
+    mask: Annotated[list[Path] | None, typer.Option(help=MASK_HELP)] = None,
+    strength: Annotated[float | None, typer.Option(help=STRENGTH_HELP)] = None,
     long_prompts: Annotated[LongPrompts, typer.Option(help=LONG_PROMPTS_HELP)] = "cut",
+    prediction_type: Annotated[PredictionName | None, typer.Option(help=PREDICTION_HELP)] = None,
+    tokenizer: Annotated[str | None, typer.Option(help=TOKENIZER_HELP)] = None,
     dtype: Annotated[DtypeName | None, typer.Option(help="Default: fp16 on a GPU, else fp32.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures that are there.")] = False,
 ) -> None:
@@ -46,29 +66,43 @@ def command(
     adapters, rules = [parse_adapter(text) for text in adapter or []], scale_rules(scale, block_weights)
     if size:
         parse_size(size)  # a typo is answered before anything is loaded
+    prompts = prompts_or_pictures(prompt, image)
+    pictures = picture_options(image, mask, strength, len(prompts))
     seeds = list(range(seed, seed + count))
-    paths = [out / f"{index:03d}_{slug(text)}_seed{one}.png" for index, text in enumerate(prompt) for one in seeds]
+    names = prompts if prompt else [path.stem for path in pictures.images]
+    paths = [out / f"{index:03d}_{slug(text)}_seed{one}.png" for index, text in enumerate(names) for one in seeds]
     refuse_existing(paths, overwrite)
 
-    from lora_kit.cli.drawing import facts_of, open_base, save_png, settings_for, warn_of_long_prompts
+    from lora_kit.cli.drawing import facts_of, fitted_inputs, open_base, save_png, settings_for, warn_of_long_prompts
     from lora_kit.inference import SamplingSettings, generate
+    from lora_kit.inference.reading import read_inputs
     from lora_kit.progress import progress
 
     asked = SamplingSettings(
-        steps=steps, guidance=guidance, negative_prompt=negative, sampler=sampler, long_prompts=long_prompts
+        steps=steps,
+        guidance=guidance,
+        negative_prompt=negative,
+        sampler=sampler,
+        eta=eta,
+        strength=strength,
+        long_prompts=long_prompts,
     )
-    prepared = open_base(base, adapters, dtype, rules, embedding or ())
-    settings = settings_for(prepared, size, asked)
-    warn_of_long_prompts(prepared, [*prompt, negative], settings)
+    inputs = read_inputs(pictures.images, pictures.masks) if pictures.images else None
+    prepared = open_base(base_section(base, prediction_type, tokenizer), adapters, dtype, rules, embedding or ())
+    inputs = fitted_inputs(prepared, prompt, inputs)
+    settings = settings_for(prepared, size, asked, inputs)
+    warn_of_long_prompts(prepared, [*prompts, negative], settings)
     scales = [option.scale for option in adapters]
     used = json.dumps([{"file": option.path.name, "scale": option.scale} for option in adapters])
-    pictures = generate(prepared, prompt, seeds, scales, settings, progress)
-    for picture, path in zip(pictures, paths, strict=True):
+    drawn = generate(prepared, prompts, seeds, scales, settings, progress, inputs)
+    for picture, path in zip(drawn, paths, strict=True):
         facts = {
             "prompt": picture.prompt,
             "seed": str(picture.seed),
             "adapters": used,
+            "prediction_type": prepared.bundle.prediction_type,
             **facts_of(base, settings, rules, embedding or ()),
+            **pictures.facts(),
         }
         save_png(picture.image, path, facts)
         typer.echo(str(path))

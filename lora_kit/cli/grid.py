@@ -12,9 +12,13 @@ from lora_kit.cli.options import (
     BLOCK_WEIGHTS_HELP,
     EMBEDDING_HELP,
     LONG_PROMPTS_HELP,
+    PREDICTION_HELP,
     SCALE_HELP,
+    TOKENIZER_HELP,
     DtypeName,
     LongPrompts,
+    PredictionName,
+    base_section,
     parse_adapter,
     parse_numbers,
     parse_seeds,
@@ -22,14 +26,24 @@ from lora_kit.cli.options import (
     refuse_existing,
     scale_rules,
 )
+from lora_kit.cli.picture_options import (
+    ETA_HELP,
+    IMAGE_HELP,
+    MASK_HELP,
+    PROMPT_HELP,
+    SAMPLER_HELP,
+    STRENGTH_HELP,
+    picture_options,
+    prompts_or_pictures,
+)
 from lora_kit.errors import RecipeError
 
 
 def command(
     base: Annotated[str, typer.Argument(help="A diffusers folder, a checkpoint file, a hub id, or `tiny`.")],
     adapter: Annotated[list[str], typer.Option(help="Adapter file. Several are all drawn at the same strength.")],
-    prompt: Annotated[list[str], typer.Option(help="What to draw. May be given several times.")],
     out: Annotated[Path, typer.Option(help="The PNG.")],
+    prompt: Annotated[list[str] | None, typer.Option(help=PROMPT_HELP)] = None,
     scales: Annotated[str, typer.Option(help="Strengths, a column each.")] = "0,0.5,1",
     seeds: Annotated[str, typer.Option(help="Seeds; each prompt has a row for each.")] = "0",
     scale: Annotated[list[str] | None, typer.Option(help=SCALE_HELP)] = None,
@@ -39,8 +53,14 @@ def command(
     steps: Annotated[int, typer.Option(min=1, help="Sampler steps.")] = 25,
     guidance: Annotated[float, typer.Option(min=0, help="Classifier-free guidance; 1 or less turns it off.")] = 7.5,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT of a picture. Default: the base's own.")] = None,
-    sampler: Annotated[str, typer.Option(help="ddim, dpm++, euler or pndm.")] = "ddim",
+    sampler: Annotated[str, typer.Option(help=SAMPLER_HELP)] = "ddim",
+    eta: Annotated[float, typer.Option(min=0, max=1, help=ETA_HELP)] = 0.0,
+    image: Annotated[list[Path] | None, typer.Option(help=IMAGE_HELP)] = None,
+    mask: Annotated[list[Path] | None, typer.Option(help=MASK_HELP)] = None,
+    strength: Annotated[float | None, typer.Option(help=STRENGTH_HELP)] = None,
     long_prompts: Annotated[LongPrompts, typer.Option(help=LONG_PROMPTS_HELP)] = "cut",
+    prediction_type: Annotated[PredictionName | None, typer.Option(help=PREDICTION_HELP)] = None,
+    tokenizer: Annotated[str | None, typer.Option(help=TOKENIZER_HELP)] = None,
     dtype: Annotated[DtypeName | None, typer.Option(help="Default: fp16 on a GPU, else fp32.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a picture that is there.")] = False,
 ) -> None:
@@ -50,26 +70,38 @@ def command(
         raise RecipeError("grid: --adapter takes a file without :SCALE here; --scales gives the strengths")
     rules = scale_rules(scale, block_weights)
     strengths, rows = parse_numbers(scales, "--scales"), parse_seeds(seeds)
+    prompts = prompts_or_pictures(prompt, image)
+    pictures = picture_options(image, mask, strength, len(prompts))
     if size:
         parse_size(size)
     refuse_existing([out], overwrite)
 
-    from lora_kit.cli.drawing import facts_of, open_base, save_png, settings_for, warn_of_long_prompts
+    from lora_kit.cli.drawing import facts_of, fitted_inputs, open_base, save_png, settings_for, warn_of_long_prompts
     from lora_kit.inference import SamplingSettings, grid
+    from lora_kit.inference.reading import read_inputs
     from lora_kit.progress import progress
 
     asked = SamplingSettings(
-        steps=steps, guidance=guidance, negative_prompt=negative, sampler=sampler, long_prompts=long_prompts
+        steps=steps,
+        guidance=guidance,
+        negative_prompt=negative,
+        sampler=sampler,
+        eta=eta,
+        strength=strength,
+        long_prompts=long_prompts,
     )
-    prepared = open_base(base, adapters, dtype, rules, embedding or ())
-    settings = settings_for(prepared, size, asked)
-    warn_of_long_prompts(prepared, [*prompt, negative], settings)
-    sheet = grid(prepared, prompt, rows, strengths, settings, progress)
+    inputs = read_inputs(pictures.images, pictures.masks) if pictures.images else None
+    prepared = open_base(base_section(base, prediction_type, tokenizer), adapters, dtype, rules, embedding or ())
+    inputs = fitted_inputs(prepared, prompt, inputs)
+    settings = settings_for(prepared, size, asked, inputs)
+    warn_of_long_prompts(prepared, [*prompts, negative], settings)
+    sheet = grid(prepared, prompts, rows, strengths, settings, progress, inputs)
     facts = {
-        "prompts": json.dumps(prompt, ensure_ascii=False),
+        "prompts": json.dumps(prompts, ensure_ascii=False),
         "seeds": seeds,
         "scales": scales,
+        "prediction_type": prepared.bundle.prediction_type,
         "adapters": json.dumps([option.path.name for option in adapters]),
     }
-    save_png(sheet, out, facts | facts_of(base, settings, rules, embedding or ()))
+    save_png(sheet, out, facts | facts_of(base, settings, rules, embedding or ()) | pictures.facts())
     typer.echo(str(out))

@@ -12,6 +12,8 @@ from lora_kit.errors import RecipeError
 if TYPE_CHECKING:
     import torch
 
+    from lora_kit.recipe import ModelSection
+
 DtypeName = Literal["fp32", "bf16", "fp16"]
 LongPrompts = Literal["cut", "chunks"]
 LONG_PROMPTS_HELP = "Prompts of more than 75 tokens: cut their end off, or encode them in chunks, as web UIs do."
@@ -20,6 +22,10 @@ EMBEDDING_HELP = (
     "Learned token (textual inversion): FILE, or TOKEN=FILE to name it anew; prompts say the token. May be given "
     "several times."
 )
+PredictionName = Literal["epsilon", "v_prediction", "sample"]
+PREDICTION_HELP = "What the base predicts. Default: what it says itself; a single file of SD2 may not say it."
+TOKENIZER_HELP = "Folder or hub id of the CLIP tokenizer, for a single file, which carries none."
+
 SCALE_HELP = (
     "PATTERN=NUMBER, such as unet.up_blocks.**=0.6: multiplies the strength of what it matches; the last match "
     "decides. May be given several times."
@@ -51,6 +57,13 @@ def parse_adapter(text: str, option: str = "--adapter") -> AdapterOption:
             f"{option}: got {text!r}; allowed: FILE or FILE:SCALE with a finite number, such as style.safetensors:0.8"
         )
     return AdapterOption(Path(drive + path), value)
+
+
+def base_section(base: str, prediction_type: PredictionName | None, tokenizer: str | None) -> ModelSection:
+    """The base of a command that has no recipe."""
+    from lora_kit.recipe import ModelSection
+
+    return ModelSection(base=base, prediction_type=prediction_type, tokenizer=tokenizer)
 
 
 def scale_rules(scale: list[str] | None, block_weights: str | None) -> tuple[str, ...]:

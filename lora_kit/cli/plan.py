@@ -20,19 +20,26 @@ def command(
     recipe: Annotated[str, typer.Argument(help="A YAML recipe.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, over the recipe's own.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Also load the base and run three steps on noise: their time and memory.")
+    ] = False,
 ) -> None:
     """Show which modules the rules pick, what the sources hold, the buckets, the steps, and an estimate of the memory.
-    Loads no weights and decodes no picture."""
+    Loads no weights and decodes no picture, but with --probe, which loads the base."""
     from lora_kit.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
     from lora_kit.adapters import read_raw
     from lora_kit.cli.plan_buckets import bucket_json, bucket_lines, bucket_table
     from lora_kit.cli.plan_facts import memory, steps
+    from lora_kit.cli.plan_probe import probe_lines, probed
     from lora_kit.cli.plan_sources import data_facts, source_json, source_lines, source_table
     from lora_kit.cli.plan_tokens import token_json, token_lines
+    from lora_kit.models.adapter_layouts import layout_for
     from lora_kit.models.outline import read_outline
+    from lora_kit.recipe.inpainting import check_inpainting
     from lora_kit.recipe.objective import check_against_base
+    from lora_kit.recipe.without_text import fitted_to_base
     from lora_kit.targeting import make_plan, plan_table, plan_to_json
     from lora_kit.targeting.quantised import quantised_layers
     from lora_kit.targeting.rates import module_rates
@@ -41,12 +48,15 @@ def command(
     if base.prediction_type is not None:
         predicts = loaded.model.prediction_type or base.prediction_type
         check_against_base(loaded.objective, loaded.model.base, predicts, base.timesteps or 1000)
+    check_inpainting(loaded, base.family, fills=base.family.endswith("-inpainting"))
+    loaded = fitted_to_base(loaded, base.side_step)
     plan = make_plan(loaded.targets, base.tree)
+    layout_for(loaded.save, base.family, plan.methods)
     if loaded.model.adapter:
         from lora_kit.training.start import starting_updates
 
         path = Path(loaded.model.adapter)
-        starting_updates(path, read_raw(path), {module.name: module for module in base.tree}, plan)
+        starting_updates(path, read_raw(path), {module.name: module for module in base.tree}, plan, base.family)
     _check_optimizer(loaded)
     rates = module_rates(plan, loaded.optimizer)
     data = data_facts(loaded.data)
@@ -66,6 +76,8 @@ def command(
             "steps": length._asdict(),
             "memory_bytes": bytes_held._asdict() | {"trainable": bytes_held.trainable},
         }
+        if probe:
+            document["probe"] = probed(loaded)._asdict()
         typer.echo(json.dumps(document, ensure_ascii=False, indent=1))
         return
     from rich.console import Console
@@ -83,6 +95,9 @@ def command(
     lines = (*source_lines(data.survey), *(bucket_lines(held) if held else ()))
     for line in (*lines, _steps_line(length), *_memory_lines(bytes_held)):
         console.print(line, markup=False, soft_wrap=True)
+    if probe:
+        for line in probe_lines(probed(loaded), loaded, bytes_held):
+            console.print(line, markup=False, soft_wrap=True)
 
 
 def _check_optimizer(recipe: Recipe) -> None:

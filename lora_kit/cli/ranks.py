@@ -9,6 +9,7 @@ from pathlib import Path
 import typer
 from torch import Tensor
 
+from lora_kit.adapters.formats.objective_header import trained_schedule
 from lora_kit.algebra.extract_source import open_parameters
 from lora_kit.algebra.lowrank import Budget
 from lora_kit.algebra.lowrank_files import OpenedAdapter
@@ -40,6 +41,16 @@ def token_notes(opened: Sequence[OpenedAdapter]) -> list[str]:
         for one in opened
         if one.state.embeddings
     ]
+
+
+def schedule_notes(opened: Sequence[OpenedAdapter]) -> list[str]:
+    """A note where the files' headers do not agree on what is predicted on which schedule: the result names none."""
+    told = {one.path.name: trained_schedule(str(one.path), one.state.metadata) for one in opened}
+    if len({(one.prediction_type, one.zero_terminal_snr) for one in told.values() if one.prediction_type}) < 2:
+        return []
+    zero = {False: "", True: " with zero terminal SNR"}
+    listed = ", ".join(f"{name} {one.prediction_type}{zero[one.zero_terminal_snr]}" for name, one in told.items())
+    return [f"the files were trained to predict different things ({listed}), so the result's header names none"]
 
 
 def base_weights(base: str | None) -> Weights | None:

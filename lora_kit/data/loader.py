@@ -54,7 +54,8 @@ def process_share(recipe: Recipe, rank: int, world: int) -> Share:
 
 def make_batch_loader(training_set: TrainingSet, sampler: StepSampler, pin_memory: bool = False) -> DataLoader[Sample]:
     """A DataLoader that yields a `Batch` for each micro-batch of the sampler. Latents in memory need no workers."""
-    in_memory = training_set.latents is not None and training_set.latents.in_memory
+    latents = training_set.latents
+    in_memory = latents is not None and latents.in_memory and not training_set.keeps_pixels
     workers = 0 if in_memory else training_set.section.workers
     return DataLoader(
         training_set, batch_sampler=sampler, collate_fn=collate, pin_memory=pin_memory, **worker_options(workers)

@@ -19,7 +19,7 @@ class Sample(NamedTuple):
     """Index within the optimizer step."""
     caption: str
     pixels: Tensor | None
-    """float32 [3, H, W]; None where the latent is kept."""
+    """float32 [3, H, W]; None where the latent is kept and nothing else needs them."""
     latent_mean: Tensor | None
     latent_std: Tensor | None
     mask: Tensor | None = None
@@ -27,6 +27,8 @@ class Sample(NamedTuple):
     step_samples: int = 1
     loss_weight: float = 1.0
     from_base: bool = False
+    hole: Tensor | None = None
+    """float32 [1, H, W]; None: no mask that says what is to be filled."""
 
 
 class Latent(NamedTuple):
@@ -59,11 +61,12 @@ def collate(samples: Sequence[Sample]) -> Batch:
         pixels=_stack([sample.pixels for sample in samples]),
         latent_mean=_stack([sample.latent_mean for sample in samples]),
         latent_std=_stack([sample.latent_std for sample in samples]),
-        is_latent=torch.tensor([sample.pixels is None for sample in samples]),
+        is_latent=torch.tensor([sample.latent_mean is not None for sample in samples]),
         masks=_masks([sample.mask for sample in samples]),
         loss_weights=torch.tensor([sample.loss_weight for sample in samples], dtype=torch.float32),
         from_base=[row for row, sample in enumerate(samples) if sample.from_base],
         step_samples=samples[0].step_samples,
+        holes=[sample.hole for sample in samples] if any(sample.hole is not None for sample in samples) else (),
     )
 
 

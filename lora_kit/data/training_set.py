@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,10 @@ class TrainingSet(Dataset[Sample]):
         """What the user should be told once."""
         self.latents: KeptLatents | None = None
         """Those of all places, once they are encoded; None: samples carry pixels."""
+        self.keeps_pixels = False
+        """Samples carry pixels even where latents are kept: the model's family needs them."""
+        self.fills_masks = False
+        """Masks say what is to be filled, pixel by pixel, not what counts in the loss."""
         self.checked = False
         """Every picture has been decoded once."""
         self._number_samples()
@@ -132,6 +137,12 @@ class TrainingSet(Dataset[Sample]):
         """All pictures as RGB squares of `resolution`, centre crop, in the records' order. Opens the files."""
         return [square_picture(read_picture(record).image, self.section.resolution) for record in self.records]
 
+    def ignore_captions(self) -> int:
+        """Take the captions from the records, for a model that reads none; how many pictures had one."""
+        count = sum(bool(record.caption) for record in self.records)
+        self.records = [replace(record, caption="", captions=()) for record in self.records]
+        return count
+
     def drop(self, broken: Mapping[int, str]) -> None:
         """Leave out the records at these indices, for these reasons. Raises DataError if none remains."""
         if not broken:
@@ -175,17 +186,20 @@ class TrainingSet(Dataset[Sample]):
         sample = sample._replace(loss_weight=record.loss_weight, from_base=record.from_base)
         latent = self.latents.read(place, flip) if self.latents is not None else None
         if latent is not None:
-            return sample._replace(latent_mean=latent.mean, latent_std=latent.std, mask=latent.mask)
+            mask = None if self.fills_masks else latent.mask
+            sample = sample._replace(latent_mean=latent.mean, latent_std=latent.std, mask=mask)
+            if not self.keeps_pixels:
+                return sample
         across, down = (0.5, 0.5) if centered or self.section.crop == "center" else (draws.across, draws.down)
         picture = read_picture(record)
         pixels = pixels_of(cut_picture(picture.image, size, across, down))
-        mask = None
-        if picture.mask is not None:
-            box = covering_box(picture.image.size, size, across, down)
-            mask = mask_cells(picture.mask, box, size, self.latent_factor)
-        if flip:
-            pixels, mask = pixels.flip(-1), None if mask is None else mask.flip(-1)
-        return sample._replace(pixels=pixels, mask=mask)
+        sample = sample._replace(pixels=pixels.flip(-1) if flip else pixels)
+        if picture.mask is None or (latent is not None and not self.fills_masks):
+            return sample
+        box = covering_box(picture.image.size, size, across, down)
+        mask = mask_cells(picture.mask, box, size, 1 if self.fills_masks else self.latent_factor)
+        mask = mask.flip(-1) if flip else mask
+        return sample._replace(hole=mask[None]) if self.fills_masks else sample._replace(mask=mask)
 
 
 def open_training_set(

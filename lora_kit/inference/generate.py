@@ -10,6 +10,7 @@ from PIL import Image
 from lora_kit.inference.grids import compose_grid
 from lora_kit.inference.prepare import Prepared, scale_adapters
 from lora_kit.inference.sampling import SamplingSettings, draw
+from lora_kit.inference.starts import Inputs
 from lora_kit.progress import ProgressBar, no_progress
 
 
@@ -28,18 +29,22 @@ def generate(
     scales: Sequence[float],
     settings: SamplingSettings,
     progress: ProgressBar = no_progress,
+    inputs: Inputs = None,
 ) -> list[Picture]:
     """Every prompt with every seed, adapters at `scales`: prompt after prompt.
 
-    At scale 0 the picture is the base's bit for bit.
+    inputs: what each prompt is drawn from, as many as prompts; None: from noise alone. At scale 0 the picture is the
+    base's bit for bit.
     """
     scale_adapters(prepared, scales)
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    each = None if inputs is None else [one for one in inputs for _ in seeds]
     images = draw(
         prepared.bundle,
         [prompt for prompt, _ in jobs],
         [seed for _, seed in jobs],
         settings=settings,
+        inputs=each,
         progress=progress,
     )
     return [Picture(image, prompt, seed) for image, (prompt, seed) in zip(images, jobs, strict=True)]
@@ -52,10 +57,12 @@ def grid(
     strengths: Sequence[float],
     settings: SamplingSettings,
     progress: ProgressBar = no_progress,
+    inputs: Inputs = None,
 ) -> Image.Image:
-    """A labelled sheet: a row for each prompt and seed, a column for each strength (of all adapters alike)."""
+    """A labelled sheet: a row for each prompt and seed, a column for each strength (of all adapters alike). inputs: as
+    in `generate`."""
     columns = [
-        generate(prepared, prompts, seeds, [strength] * len(prepared.adapters), settings, progress)
+        generate(prepared, prompts, seeds, [strength] * len(prepared.adapters), settings, progress, inputs)
         for strength in strengths
     ]
     rows = [[column[index].image for column in columns] for index in range(len(columns[0]))]

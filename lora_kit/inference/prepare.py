@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
-from lora_kit.adapters import AdapterState, apply_scales, family_of, load_adapter, read_adapter
+from lora_kit.adapters import AdapterState, apply_scales, family_of, load_adapter, read_raw
+from lora_kit.adapters.state import adaptable_modules
 from lora_kit.adapters.token_files import Embedding
 from lora_kit.adapters.tokens import add_tokens, check_tokens
-from lora_kit.inference.sampling import SamplingSettings, vae_factor
-from lora_kit.inference.schedules import follow_schedules
+from lora_kit.inference.sampling import SamplingSettings
+from lora_kit.inference.schedules import follow_schedules, settle_prediction
+from lora_kit.merging.other_family import fitted_to
 from lora_kit.models import ModelBundle, base_hash, load_bundle
+from lora_kit.models.first_stage import vae_factor
 from lora_kit.recipe import ModelSection
 from lora_kit.targeting import module_tree
 from lora_kit.targeting.block_scales import check_depth, module_scales
@@ -32,7 +34,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(
-    base: str,
+    base: str | ModelSection,
     files: Sequence[Path],
     dtype: torch.dtype | None = None,
     rules: Sequence[str] = (),
@@ -40,21 +42,28 @@ def prepare(
 ) -> Prepared:
     """Load `base` and put the adapter files' layers in, all at strength 1 until `scale_adapters`.
 
-    On the GPU if there is one. `dtype` None: fp16 on a GPU, fp32 on a CPU; the VAE is fp32 always (SD's overflows in
-    fp16). Warns about files that say they were trained on another family or base; that is allowed where the shapes
-    fit. What a header says of prediction and zero terminal SNR is followed, with a warning. `rules`: strengths per
-    module for all files alike, `glob=number` or block weights (`targeting.block_scales`). embeddings: learned tokens
-    that prompts may say, whatever the strengths. Raises ModelError, AdapterFileError, or RecipeError for a rule that is
-    wrong or matches no adapted module.
+    On the GPU if there is one. `dtype` None: fp16 on a GPU, fp32 on a CPU; the VAE is fp32 always (SD's overflows
+    in fp16). Warns about files that say they were trained on another family or base; that is allowed where the
+    shapes fit. What a header says of prediction and zero terminal SNR is followed, with a warning, unless the
+    base's section says what is predicted. `rules`: strengths per module for all files alike, `glob=number` or block
+    weights (`targeting.block_scales`). embeddings: learned tokens that prompts may say, whatever the strengths.
+    Raises ModelError, AdapterFileError, or RecipeError for a rule that is wrong or matches no adapted module.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    bundle = load_bundle(ModelSection(base=base), dtype or (torch.float16 if device == "cuda" else torch.float32))
-    states = [read_adapter(path, bundle.components) for path in files]
-    warnings = _mismatches(files, states, bundle)
+    raws = [read_raw(path) for path in files]
+    section = ModelSection(base=base) if isinstance(base, str) else base
+    asked = section.prediction_type is not None
+    section, warnings = settle_prediction(section, files, [raw.metadata for raw in raws])
+    bundle = load_bundle(section, dtype or (torch.float16 if device == "cuda" else torch.float32))
+    if bundle.prediction_type != (said := bundle.scheduler_config.get("prediction_type", "epsilon")):
+        warnings.append(f"{section.base} says that it predicts {said}; drawn as {bundle.prediction_type}, as asked")
+    modules = adaptable_modules(bundle.components)
+    called, family = section.base, bundle.family.name
+    states = [fitted_to(path, raw, modules, called, family) for path, raw in zip(files, raws, strict=True)]
+    warnings += _mismatches(files, states, bundle)
     shares = _shares(bundle, states, rules)
-    warnings += follow_schedules(bundle, files, [state.metadata for state in states])
-    networks: list[nn.Module] = [bundle.unet, bundle.text_encoder, bundle.vae]
-    for network in networks:
+    warnings += follow_schedules(bundle, files, [state.metadata for state in states], asked)
+    for network in bundle.networks:
         network.to(device)
     names = tuple(f"adapter_{index}" for index in range(len(files)))
     for name, state in zip(names, states, strict=True):

@@ -18,8 +18,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lora_kit.errors import ModelError, RecipeError
+from lora_kit.inference.starts import Inputs, check_inputs, default_strength, start, strength_problem
 from lora_kit.models import ModelBundle, scheduler_named
-from lora_kit.models.families import latent_scale
+from lora_kit.models.first_stage import decode as decode_latents
+from lora_kit.models.first_stage import latent_channels, vae_factor
 from lora_kit.progress import ProgressBar, no_progress
 from lora_kit.recipe.captions import LongText
 
@@ -42,6 +44,11 @@ class SamplingSettings:
     height: int = 512
     sampler: str = "ddim"
     """A name that `lora_kit.models.scheduler_named` knows."""
+    eta: float = 0.0
+    """Noise that DDIM adds on the way (Song et al. 2021, equation 16): 0 is deterministic, 1 is DDPM."""
+    strength: float | None = None
+    """How much of an input picture is drawn anew: the part of the steps that is gone through, above 0 to 1. None: 0.8,
+    or 1 where there is a mask."""
     long_prompts: LongText = "cut"
     """What happens to prompts longer than the text encoder reads: as `data.captions.long` of a recipe."""
 
@@ -52,10 +59,11 @@ def draw(
     seeds: Sequence[int],
     *,
     settings: SamplingSettings,
+    inputs: Inputs = None,
     batch_size: int | None = None,
     progress: ProgressBar = no_progress,
 ) -> list[Image.Image]:
-    """One picture for each (prompt, seed) pair, in order.
+    """One picture for each (prompt, seed) pair, in order. inputs: what each is drawn from; None: from noise alone.
 
     A picture's noise depends on its own seed alone, so how the pictures are batched changes them by rounding only.
     Adapters act as `set_scale` left them. The networks are put in eval mode, without gradients, and given their
@@ -65,13 +73,17 @@ def draw(
     """
     if len(prompts) != len(seeds):
         raise RecipeError(f"got {len(prompts)} prompts and {len(seeds)} seeds; one seed belongs to each prompt")
-    _check(bundle, settings)
+    _check(bundle, settings, inputs)
+    check_prompts(bundle, [*prompts, settings.negative_prompt])
+    check_inputs(bundle, inputs, len(prompts), (settings.width, settings.height))
     size = batch_size or fitting_batch_size(settings)
     starts = range(0, len(prompts), size)
     pictures: list[Image.Image] = []
-    with evaluating(bundle.unet, bundle.text_encoder, bundle.vae), torch.no_grad():
-        for start in progress(starts, "drawing", len(starts)):
-            latents = _denoise(bundle, prompts[start : start + size], seeds[start : start + size], settings)
+    with evaluating(*bundle.networks), torch.no_grad():
+        for first in progress(starts, "drawing", len(starts)):
+            part = slice(first, first + size)
+            own = inputs[part] if inputs is not None else None
+            latents = _denoise(bundle, prompts[part], seeds[part], settings, own)
             pictures += to_pictures(decode(bundle, latents))
     return pictures
 
@@ -83,9 +95,18 @@ def sample_latents(
     _check(bundle, settings)
     size = fitting_batch_size(settings)
     starts = range(0, len(prompts), size)
-    with evaluating(bundle.unet, bundle.text_encoder), torch.no_grad():
+    with evaluating(*bundle.components.values()), torch.no_grad():
         parts = [_denoise(bundle, prompts[at : at + size], seeds[at : at + size], settings) for at in starts]
     return torch.cat(parts)
+
+
+def check_prompts(bundle: ModelBundle, prompts: Sequence[str]) -> None:
+    """Raise RecipeError for a prompt to a base that reads no text."""
+    asked = next((prompt for prompt in prompts if prompt), "")
+    if asked and not bundle.has_text:
+        raise RecipeError(
+            f"{bundle.source} reads no text, and got the prompt {asked!r}; give it a picture alone (--image)"
+        )
 
 
 def fitting_batch_size(settings: SamplingSettings) -> int:
@@ -106,13 +127,7 @@ def evaluating(*networks: nn.Module) -> Generator[None]:
             module.training = training
 
 
-def vae_factor(bundle: ModelBundle) -> int:
-    """Pixels per latent cell, along one side."""
-    config: Any = bundle.vae.config
-    return 2 ** (len(config.block_out_channels) - 1)
-
-
-def _check(bundle: ModelBundle, settings: SamplingSettings) -> None:
+def _check(bundle: ModelBundle, settings: SamplingSettings, inputs: Inputs = None) -> None:
     factor = vae_factor(bundle)
     if settings.steps < 1:
         raise RecipeError(f"steps: got {settings.steps}, allowed: 1 and more")
@@ -120,42 +135,67 @@ def _check(bundle: ModelBundle, settings: SamplingSettings) -> None:
         if pixels < factor or pixels % factor:
             near = max(factor, round(pixels / factor) * factor)
             raise RecipeError(f"{side}: got {pixels}, allowed: multiples of {factor} for this base; try {near}")
+    if settings.eta and settings.sampler != "ddim":
+        raise RecipeError(f"eta: got {settings.eta:g}, which is about the sampler 'ddim', not {settings.sampler!r}")
+    if not 0 <= settings.eta <= 1:
+        raise RecipeError(f"eta: got {settings.eta:g}, allowed: 0 to 1")
+    if settings.strength is not None and inputs is None:
+        raise RecipeError(f"strength: got {settings.strength:g}, which is about an input picture, and there is none")
+    if settings.strength is not None and not bundle.family.begins_at_picture:
+        raise RecipeError(
+            f"strength: got {settings.strength:g}, but this base draws from noise beside the picture; leave it out"
+        )
+    if inputs is not None and (problem := strength_problem(settings.steps, _strength(bundle, settings, inputs))):
+        raise RecipeError(f"strength: {problem}")
 
 
-def _denoise(bundle: ModelBundle, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings) -> Tensor:
+def _strength(bundle: ModelBundle, settings: SamplingSettings, inputs: Inputs) -> float:
+    return default_strength(bundle, inputs) if settings.strength is None else settings.strength
+
+
+def _denoise(
+    bundle: ModelBundle,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: SamplingSettings,
+    inputs: Inputs = None,
+) -> Tensor:
     """Latents [b, c, h, w] at t = 0, fp32, still multiplied by the VAE's scaling factor."""
     config = {**bundle.scheduler_config, "prediction_type": bundle.prediction_type}
     scheduler: Any = scheduler_named(settings.sampler, config)
     scheduler.set_timesteps(settings.steps, device=bundle.device)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    options = _step_options(scheduler, generators)
-    guided = settings.guidance > 1
+    options = _step_options(scheduler, generators, settings)
+    guided = settings.guidance > 1 and bundle.has_text
     captions = [settings.negative_prompt] * len(prompts) * guided + list(prompts)
     condition = bundle.family.condition(bundle, captions, settings.long_prompts)
-    latents = initial_noise(bundle, generators, settings) * scheduler.init_noise_sigma
-    for timestep in scheduler.timesteps:
+    shape = _shape(bundle, len(prompts), settings)
+    begun = start(bundle, scheduler, inputs, _strength(bundle, settings, inputs), shape, generators)
+    latents, timesteps = begun.latents, begun.timesteps
+    beside = None if begun.beside is None else torch.cat([begun.beside] * (1 + guided))
+    for index, timestep in enumerate(timesteps):
         noisy = scheduler.scale_model_input(torch.cat([latents] * (1 + guided)), timestep)
-        output = bundle.family.predict(bundle, noisy, timestep.expand(len(noisy)), condition).float()
+        output = bundle.family.predict(bundle, noisy, timestep.expand(len(noisy)), condition, beside).float()
         if guided:
             unconditional, conditional = output.chunk(2)
             output = unconditional + settings.guidance * (conditional - unconditional)
         latents = scheduler.step(output, timestep, latents, **options).prev_sample
+        if begun.kept is not None:
+            following = timesteps[index + 1] if index + 1 < len(timesteps) else None
+            latents = begun.kept.put_back(scheduler, latents, following)
     return latents
 
 
-def _step_options(scheduler: Any, generators: list[torch.Generator]) -> dict[str, Any]:
+def _step_options(scheduler: Any, generators: list[torch.Generator], settings: SamplingSettings) -> dict[str, Any]:
     """Samplers that add noise on the way take it from each picture's own generator."""
-    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-    return {"generator": generators} if takes_generator else {}
+    taken = inspect.signature(scheduler.step).parameters
+    return {name: value for name, value in {"generator": generators, "eta": settings.eta}.items() if name in taken}
 
 
-def initial_noise(bundle: ModelBundle, generators: list[torch.Generator], settings: SamplingSettings) -> Tensor:
-    """Standard normal [b, c, h, w], fp32; drawn on the CPU, so that a seed means the same on every device."""
+def _shape(bundle: ModelBundle, count: int, settings: SamplingSettings) -> tuple[int, int, int, int]:
+    """Of the latents, [b, c, h, w]."""
     factor = vae_factor(bundle)
-    config: Any = bundle.vae.config
-    shape = (config.latent_channels, settings.height // factor, settings.width // factor)
-    noise = [torch.randn(shape, generator=generator) for generator in generators]
-    return torch.stack(noise).to(bundle.device)
+    return (count, latent_channels(bundle.vae), settings.height // factor, settings.width // factor)
 
 
 def decode(bundle: ModelBundle, latents: Tensor) -> Tensor:
@@ -165,9 +205,8 @@ def decode(bundle: ModelBundle, latents: Tensor) -> Tensor:
     """
     vae: Any = bundle.vae
     # The VAE has its own precision and, being large, works on one picture at a time: activations are what fills memory.
-    scale, shift = latent_scale(vae)
-    scaled = (latents / scale + shift).to(vae.dtype)
-    pixels = torch.cat([vae.decode(one).sample.float() for one in scaled.split(_decoded_at_once(scaled))])
+    scale = bundle.family.latent_scale(bundle)
+    pixels = torch.cat([decode_latents(vae, one, scale) for one in latents.split(_decoded_at_once(latents))])
     if not bool(torch.isfinite(pixels).all()):
         raise ModelError(
             f"the picture holds NaN or infinite values (networks in {bundle.unet.dtype}, VAE in {vae.dtype}). "

@@ -10,11 +10,13 @@ from lora_kit.merging.places import Places, checkpoint_places, folder_places
 from lora_kit.merging.stored import WeightFile, open_weights
 from lora_kit.merging.weights import ComponentFiles, component_files
 from lora_kit.models.checkpoint_file import SUFFIXES
+from lora_kit.models.family_names import PIPELINE_FAMILIES
+from lora_kit.models.ldm_configs import is_v2
 from lora_kit.models.ldm_marks import recognise
 from lora_kit.models.pipeline_index import check_index, index_in, read_index
+from lora_kit.models.tree_family import family_of_tree
 
 COMPONENTS = ("unet", "text_encoder")
-_FAMILIES = {768: "sd1", 1024: "sd2"}
 
 
 class Base(NamedTuple):
@@ -25,6 +27,8 @@ class Base(NamedTuple):
     places: Places
     components: dict[str, ComponentFiles]
     """Of a folder; empty for a single file."""
+    named_family: str | None = None
+    """The family that the pipeline's class tells; None: the weights tell."""
 
     @property
     def is_folder(self) -> bool:
@@ -33,11 +37,11 @@ class Base(NamedTuple):
 
     @property
     def family(self) -> str | None:
-        """`sd1` or `sd2` by the width of the text states that the UNet attends to; None for any other width."""
-        for name, module in self.places.modules.items():
-            if name.startswith("unet.") and name.endswith("attn2.to_k"):
-                return _FAMILIES.get(module.shape[1])
-        return None
+        """The pipeline's, else `sd1`, `sd2` …, by the modules; None for a network of no known family."""
+        found = self.named_family or family_of_tree(self.places.modules)
+        if found and not self.is_folder and is_v2({key: one.shape for key, one in self.files[0].tensors.items()}):
+            return found.replace("sd1", "sd2")  # some hold its linear layers as convolutions
+        return found
 
     def component_of(self, file: int, key: str) -> str | None:
         """`unet`, `text_encoder`, or None for a tensor of neither."""
@@ -65,9 +69,12 @@ def open_base(path: Path) -> Base:
 
 
 def _open_folder(folder: Path) -> Base:
-    check_index(read_index(index_in(folder)), str(folder))
-    found = {name: component_files(folder / name) for name in COMPONENTS if (folder / name).is_dir()}
+    index = read_index(index_in(folder))
+    parts = check_index(index, str(folder))
+    places = {name: folder / parts[name].folder for name in COMPONENTS if name in parts}
+    found = {name: component_files(place) for name, place in places.items() if place.is_dir()}
     if "unet" not in found:
         raise ModelError(f"{folder} is incomplete: it has no folder unet. Fetch the base again.")
     shards = {name: tuple(map(open_weights, files.weights)) for name, files in found.items()}
-    return Base(folder, tuple(file for files in shards.values() for file in files), folder_places(shards), found)
+    files = tuple(file for some in shards.values() for file in some)
+    return Base(folder, files, folder_places(shards), found, PIPELINE_FAMILIES.get(index["_class_name"]))

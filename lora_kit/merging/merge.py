@@ -14,6 +14,7 @@ from lora_kit.merging.base import Base, open_base
 from lora_kit.merging.publish import check_out, remove, write_merged
 from lora_kit.merging.record import MERGED, check_unmerge, merged_metadata, record_of, unmerged_metadata
 from lora_kit.merging.report import MergePlan, MergeReport, NetworkError, PlannedChange, PlannedUpdate
+from lora_kit.merging.schedule import ScheduleChange, merged_schedule, restored_schedule
 from lora_kit.merging.sources import Source, read_sources
 from lora_kit.merging.stored import WeightFile, dtype_name
 from lora_kit.merging.stream import Rewrite
@@ -48,6 +49,7 @@ class _Work(NamedTuple):
     parts: Parts
     rewrites: list[Rewrite | None]
     """For each of the base's files; None: it is copied as it is."""
+    schedule: ScheduleChange
     notes: list[str]
 
 
@@ -75,7 +77,7 @@ def merge(
             distance=distance(work.base, written, original) if original else None
         )
 
-    report = write_merged(work.base, work.rewrites, out, inspect)
+    report = write_merged(work.base, work.rewrites, out, inspect, work.schedule)
     return report._replace(networks=_networks(work, out)) if options.verify_network else report
 
 
@@ -110,20 +112,30 @@ def _work(path: Path, adapters: Sequence[tuple[Source, float]], options: MergeOp
     parts = wanted_parts(base, updates)
     dtypes = wanted_dtypes(base, parts, options.dtype)
     records = [record_of(source, scale, options.scales) for source, scale in adapters]
+    extend = unmerged_metadata if options.unmerge else merged_metadata
     changed = {number for number, _ in parts}
+    headers = [file.metadata for number, file in enumerate(base.files) if number in changed]
+    held = next((header for header in headers if MERGED in header), {})
+    schedule = (
+        restored_schedule(base, held, extend(held, records))
+        if options.unmerge
+        else merged_schedule(base, list(zip(_names(adapters), states, strict=True)))
+    )
     rewrites: list[Rewrite | None] = []
     for number, file in enumerate(base.files):
         here = {key: some for (place, key), some in parts.items() if place == number}
         if not here and not dtypes[number] and file.path.suffix == ".safetensors":
             rewrites.append(None)
             continue
-        extend = unmerged_metadata if options.unmerge else merged_metadata
-        metadata = extend(file.metadata, records) if number in changed else file.metadata
+        metadata = schedule.header(extend(file.metadata, records)) if number in changed else file.metadata
         rewrites.append(Rewrite(file, here, dtypes[number], metadata))
     if options.unmerge:
-        held = [file.metadata for number, file in enumerate(base.files) if number in changed]
-        notes += check_unmerge(path, next((one for one in held if MERGED in one), {}), records)
-    return _Work(base, states, updates, parts, rewrites, notes + _notes(base))
+        notes += check_unmerge(path, held, records)
+    return _Work(base, states, updates, parts, rewrites, schedule, [*notes, *schedule.notes, *_notes(base)])
+
+
+def _names(adapters: Sequence[tuple[Source, float]]) -> list[str]:
+    return [source.name if isinstance(source, Path) else "the adapter" for source, _ in adapters]
 
 
 def _refuse_uninvertible(adapters: Sequence[tuple[Source, float]], states: Sequence[Scaled]) -> None:

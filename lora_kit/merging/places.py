@@ -5,6 +5,7 @@ No network is built and neither diffusers nor transformers is imported: that tak
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -12,6 +13,8 @@ from lora_kit.merging.stored import StoredTensor, WeightFile
 from lora_kit.models.ldm_keys import CLIP, OPEN_CLIP, UNET, claim, structure
 from lora_kit.targeting.modules import ModuleInfo
 
+_PROJECTIONS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_OLD_ATTENTION = re.compile(rf"(\.attentions\.\d+\.)({'|'.join(_PROJECTIONS)})(?=\.(?:weight|bias)$)")
 _EMBEDDINGS = ("token_embedding", "position_embedding")
 
 
@@ -48,11 +51,22 @@ def folder_places(files: Mapping[str, Sequence[WeightFile]]) -> Places:
     """Of a diffusers folder: component → its files (one or more shards), numbered through in this order."""
     placed = [(component, file) for component, shards in files.items() for file in shards]
     rows = [
-        _Row(number, tensor, component, (tensor.key.removeprefix("text_model."),))
+        _Row(number, tensor, component, (_own_name(tensor.key),))
         for number, (component, file) in enumerate(placed)
         for tensor in file.tensors.values()
     ]
     return _places(rows)
+
+
+def _own_name(key: str) -> str:
+    """A tensor's name in the network as the libraries build it now.
+
+    transformers 5.6 dropped CLIPTextModel's inner `text_model.`. Old files, such as those of the original
+    latent-diffusion models, name the projections of attention blocks that see no text otherwise; diffusers renames
+    them when it loads.
+    """
+    renamed = _OLD_ATTENTION.sub(lambda found: found[1] + _PROJECTIONS[found[2]], key)
+    return renamed.removeprefix("text_model.")
 
 
 def checkpoint_places(file: WeightFile) -> Places:

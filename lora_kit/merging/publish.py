@@ -11,6 +11,7 @@ from lora_kit.errors import RecipeError
 from lora_kit.files import sync_folder, sync_tree, write_atomically, write_text
 from lora_kit.merging.base import Base
 from lora_kit.merging.report import MergeReport
+from lora_kit.merging.schedule import ScheduleChange
 from lora_kit.merging.stored import WeightFile, open_safetensors
 from lora_kit.merging.stream import Rewrite, write_rewrite
 from lora_kit.merging.weights import ComponentFiles, written_index, written_name
@@ -36,13 +37,17 @@ def check_out(base: Path, out: Path) -> None:
         raise RecipeError(f"{out}: the folder {out.absolute().parent} does not exist; make it first")
 
 
-def write_merged(base: Base, rewrites: Sequence[Rewrite | None], out: Path, inspect: Inspect) -> MergeReport:
+def write_merged(
+    base: Base, rewrites: Sequence[Rewrite | None], out: Path, inspect: Inspect, schedule: ScheduleChange
+) -> MergeReport:
     """Write the base's files anew under temporary names, let `inspect` judge them, then give them their place.
 
     Raises RecipeError if the disk refuses. Whatever is raised, nothing is left behind.
     """
     try:
-        return _write_folder(base, rewrites, out, inspect) if base.is_folder else _write_file(rewrites, out, inspect)
+        if base.is_folder:
+            return _write_folder(base, rewrites, out, inspect, schedule)
+        return _write_file(rewrites, out, inspect)
     except OSError as error:
         raise RecipeError(f"{out}: cannot be written ({error}). Nothing was left behind.") from error
 
@@ -68,10 +73,13 @@ def _write_file(rewrites: Sequence[Rewrite | None], out: Path, inspect: Inspect)
     return reports[0]
 
 
-def _write_folder(base: Base, rewrites: Sequence[Rewrite | None], out: Path, inspect: Inspect) -> MergeReport:
+def _write_folder(
+    base: Base, rewrites: Sequence[Rewrite | None], out: Path, inspect: Inspect, schedule: ScheduleChange
+) -> MergeReport:
     temporary = out.absolute().with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         _copy_rest(base, rewrites, temporary)
+        schedule.write(temporary)
         written: list[WeightFile | None] = []
         for rewrite in rewrites:
             if rewrite is None:

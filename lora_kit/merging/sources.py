@@ -6,15 +6,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lora_kit.adapters.formats.family import family_of
-from lora_kit.adapters.io import fitted, read_raw
+from lora_kit.adapters.io import read_raw
 from lora_kit.adapters.state import AdapterState
 from lora_kit.adapters.updates import build_update
 from lora_kit.errors import AdapterFileError
 from lora_kit.merging.base import Base
+from lora_kit.merging.other_family import fitted_to
 from lora_kit.merging.wanted import Scaled
 
 Source = AdapterState | Path
-_OTHER_FAMILY = "{0} was trained on {1}, and {2.path} is {2.family}: give the base it belongs to.\n"
 
 
 def read_sources(base: Base, adapters: Sequence[tuple[Source, float]]) -> tuple[list[Scaled], list[str]]:
@@ -26,29 +26,22 @@ def read_sources(base: Base, adapters: Sequence[tuple[Source, float]]) -> tuple[
     notes: list[str] = []
     problems: list[str] = []
     for source, scale in adapters:
-        other, family = False, None
         if isinstance(source, AdapterState):
             problems += _misfits(base, source)
             found.append(Scaled(source, scale))
             continue
         try:
             raw = read_raw(source)
-            family = family_of(raw.metadata)
-            other = family in ("sd1", "sd2") and base.family not in (None, family)
-            state = fitted(source, raw, base.places.modules)
+            state = fitted_to(source, raw, base.places.modules, str(base.path), base.family)
         except AdapterFileError as error:
-            problems.append(f"{_OTHER_FAMILY.format(source, family, base) if other else ''}{error}")
+            problems.append(str(error))
             continue
-        if other:
+        family = family_of(raw.metadata)
+        if family is not None and base.family not in (None, family):
             notes.append(f"{source.name} says it is for {family}, the base is {base.family}; all its shapes fit")
         if state.embeddings:
             tokens = ", ".join(sorted(state.embeddings))
             notes.append(f"{source.name}: its learned tokens ({tokens}) are no weights, and are not in the merged base")
-        if state.metadata.get("ss_zero_terminal_snr") == "True":
-            notes.append(
-                f"{source.name} was trained with zero terminal SNR, which is no weight: sample the merged base with "
-                "rescale_betas_zero_snr=True and timestep_spacing='trailing' in its scheduler's config"
-            )
         found.append(Scaled(state, scale))
     if problems:
         raise AdapterFileError("\n".join(problems))

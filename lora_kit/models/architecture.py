@@ -79,6 +79,11 @@ def text_encoder_tree(config: Config) -> list[ModuleInfo]:
     return list(_text_encoder(_TEXT_DEFAULTS | dict(config), inner))
 
 
+def described_module(name: str, kind: str, *shape: int, bias: bool = True) -> ModuleInfo:
+    """A module by its weight's shape, with as many biases as outputs if it has some."""
+    return ModuleInfo(name, kind, shape, math.prod(shape) + (shape[0] if bias else 0))
+
+
 def _check(config: Config, fixed: Config) -> None:
     blocks = {*config["down_block_types"], *config["up_block_types"]}
     if blocks - {*CROSS_ATTENTION, *_PLAIN_BLOCKS} or any(
@@ -89,40 +94,36 @@ def _check(config: Config, fixed: Config) -> None:
         raise UnknownArchitectureError
 
 
-def _module(name: str, kind: str, *shape: int, bias: bool = True) -> ModuleInfo:
-    return ModuleInfo(name, kind, shape, math.prod(shape) + (shape[0] if bias else 0))
-
-
 def _unet(config: Config) -> Iterator[ModuleInfo]:
     widths: Sequence[int] = config["block_out_channels"]
     layers: int = config["layers_per_block"]
     narrow, wide = widths[0], widths[-1]
     time = 4 * narrow
-    yield _module("unet.conv_in", "conv", narrow, config["in_channels"], 3, 3)
-    yield _module("unet.time_embedding.linear_1", "linear", time, narrow)
-    yield _module("unet.time_embedding.linear_2", "linear", time, time)
+    yield described_module("unet.conv_in", "conv", narrow, config["in_channels"], 3, 3)
+    yield described_module("unet.time_embedding.linear_1", "linear", time, narrow)
+    yield described_module("unet.time_embedding.linear_2", "linear", time, time)
     for level, width in enumerate(widths):
         name = f"unet.down_blocks.{level}"
         inputs = [widths[max(level - 1, 0)], *[width] * (layers - 1)]
         if config["down_block_types"][level] in CROSS_ATTENTION:
             yield from _attentions(name, layers, width, config)
-        yield from _resnets(name, inputs, width, time)
+        yield from resnets(name, inputs, width, time)
         if level < len(widths) - 1:
-            yield _module(f"{name}.downsamplers.0.conv", "conv", width, width, 3, 3)
+            yield described_module(f"{name}.downsamplers.0.conv", "conv", width, width, 3, 3)
     for level, width in enumerate(reversed(widths)):
         name = f"unet.up_blocks.{level}"
         if config["up_block_types"][level] in CROSS_ATTENTION:
             yield from _attentions(name, layers + 1, width, config)
-        yield from _resnets(name, _up_inputs(widths, level, layers), width, time)
+        yield from resnets(name, up_inputs(widths, level, layers), width, time)
         if level < len(widths) - 1:
-            yield _module(f"{name}.upsamplers.0.conv", "conv", width, width, 3, 3)
+            yield described_module(f"{name}.upsamplers.0.conv", "conv", width, width, 3, 3)
     yield from _attentions("unet.mid_block", 1, wide, config)
-    yield from _resnets("unet.mid_block", [wide, wide], wide, time)
-    yield _module("unet.conv_norm_out", "other", narrow)
-    yield _module("unet.conv_out", "conv", config["out_channels"], narrow, 3, 3)
+    yield from resnets("unet.mid_block", [wide, wide], wide, time)
+    yield described_module("unet.conv_norm_out", "other", narrow)
+    yield described_module("unet.conv_out", "conv", config["out_channels"], narrow, 3, 3)
 
 
-def _up_inputs(widths: Sequence[int], level: int, layers: int) -> list[int]:
+def up_inputs(widths: Sequence[int], level: int, layers: int) -> list[int]:
     """Input widths of the residual blocks at `level` of the up path, counted from the deepest.
 
     Each takes what comes from below beside one skip: the level's own width, but for the last skip, which left the
@@ -134,88 +135,89 @@ def _up_inputs(widths: Sequence[int], level: int, layers: int) -> list[int]:
     return [below + width, *[2 * width] * (layers - 1), width + above]
 
 
-def _resnets(name: str, inputs: Sequence[int], width: int, time: int | None) -> Iterator[ModuleInfo]:
+def resnets(name: str, inputs: Sequence[int], width: int, time: int | None) -> Iterator[ModuleInfo]:
+    """Residual blocks of these input widths; time: the width of the time embedding, which a VAE has none of."""
     for index, inside in enumerate(inputs):
         block = f"{name}.resnets.{index}"
-        yield _module(f"{block}.norm1", "other", inside)
-        yield _module(f"{block}.conv1", "conv", width, inside, 3, 3)
+        yield described_module(f"{block}.norm1", "other", inside)
+        yield described_module(f"{block}.conv1", "conv", width, inside, 3, 3)
         if time is not None:
-            yield _module(f"{block}.time_emb_proj", "linear", width, time)
-        yield _module(f"{block}.norm2", "other", width)
-        yield _module(f"{block}.conv2", "conv", width, width, 3, 3)
+            yield described_module(f"{block}.time_emb_proj", "linear", width, time)
+        yield described_module(f"{block}.norm2", "other", width)
+        yield described_module(f"{block}.conv2", "conv", width, width, 3, 3)
         if inside != width:
-            yield _module(f"{block}.conv_shortcut", "conv", width, inside, 1, 1)
+            yield described_module(f"{block}.conv_shortcut", "conv", width, inside, 1, 1)
 
 
 def _attentions(name: str, count: int, width: int, config: Config) -> Iterator[ModuleInfo]:
     kind, window = ("linear", ()) if config.get("use_linear_projection", False) else ("conv", (1, 1))
     for index in range(count):
         transformer = f"{name}.attentions.{index}"
-        yield _module(f"{transformer}.norm", "other", width)
-        yield _module(f"{transformer}.proj_in", kind, width, width, *window)
+        yield described_module(f"{transformer}.norm", "other", width)
+        yield described_module(f"{transformer}.proj_in", kind, width, width, *window)
         yield from _transformer_block(f"{transformer}.transformer_blocks.0", width, config["cross_attention_dim"])
-        yield _module(f"{transformer}.proj_out", kind, width, width, *window)
+        yield described_module(f"{transformer}.proj_out", kind, width, width, *window)
 
 
 def _transformer_block(name: str, width: int, context: int) -> Iterator[ModuleInfo]:
     for number, inside in ((1, width), (2, context)):
-        yield _module(f"{name}.norm{number}", "other", width)
-        yield _module(f"{name}.attn{number}.to_q", "linear", width, width, bias=False)
-        yield _module(f"{name}.attn{number}.to_k", "linear", width, inside, bias=False)
-        yield _module(f"{name}.attn{number}.to_v", "linear", width, inside, bias=False)
-        yield _module(f"{name}.attn{number}.to_out.0", "linear", width, width)
-    yield _module(f"{name}.norm3", "other", width)
-    yield _module(f"{name}.ff.net.0.proj", "linear", 8 * width, width)  # GEGLU: 4 × width, and its gate
-    yield _module(f"{name}.ff.net.2", "linear", width, 4 * width)
+        yield described_module(f"{name}.norm{number}", "other", width)
+        yield described_module(f"{name}.attn{number}.to_q", "linear", width, width, bias=False)
+        yield described_module(f"{name}.attn{number}.to_k", "linear", width, inside, bias=False)
+        yield described_module(f"{name}.attn{number}.to_v", "linear", width, inside, bias=False)
+        yield described_module(f"{name}.attn{number}.to_out.0", "linear", width, width)
+    yield described_module(f"{name}.norm3", "other", width)
+    yield described_module(f"{name}.ff.net.0.proj", "linear", 8 * width, width)  # GEGLU: 4 × width, and its gate
+    yield described_module(f"{name}.ff.net.2", "linear", width, 4 * width)
 
 
 def _vae(config: Config) -> Iterator[ModuleInfo]:
     widths: Sequence[int] = config["block_out_channels"]
     layers, latent = config["layers_per_block"], config["latent_channels"]
     wide = widths[-1]
-    yield _module("vae.encoder.conv_in", "conv", widths[0], config["in_channels"], 3, 3)
+    yield described_module("vae.encoder.conv_in", "conv", widths[0], config["in_channels"], 3, 3)
     for level, width in enumerate(widths):
         name = f"vae.encoder.down_blocks.{level}"
-        yield from _resnets(name, [widths[max(level - 1, 0)], *[width] * (layers - 1)], width, None)
+        yield from resnets(name, [widths[max(level - 1, 0)], *[width] * (layers - 1)], width, None)
         if level < len(widths) - 1:
-            yield _module(f"{name}.downsamplers.0.conv", "conv", width, width, 3, 3)
+            yield described_module(f"{name}.downsamplers.0.conv", "conv", width, width, 3, 3)
     yield from _vae_middle("vae.encoder", wide)
-    yield _module("vae.encoder.conv_norm_out", "other", wide)
-    yield _module("vae.encoder.conv_out", "conv", 2 * latent, wide, 3, 3)
-    yield _module("vae.decoder.conv_in", "conv", wide, latent, 3, 3)
+    yield described_module("vae.encoder.conv_norm_out", "other", wide)
+    yield described_module("vae.encoder.conv_out", "conv", 2 * latent, wide, 3, 3)
+    yield described_module("vae.decoder.conv_in", "conv", wide, latent, 3, 3)
     down = list(reversed(widths))
     for level, width in enumerate(down):
         name = f"vae.decoder.up_blocks.{level}"
-        yield from _resnets(name, [down[max(level - 1, 0)], *[width] * layers], width, None)
+        yield from resnets(name, [down[max(level - 1, 0)], *[width] * layers], width, None)
         if level < len(widths) - 1:
-            yield _module(f"{name}.upsamplers.0.conv", "conv", width, width, 3, 3)
+            yield described_module(f"{name}.upsamplers.0.conv", "conv", width, width, 3, 3)
     yield from _vae_middle("vae.decoder", wide)
-    yield _module("vae.decoder.conv_norm_out", "other", widths[0])
-    yield _module("vae.decoder.conv_out", "conv", config["out_channels"], widths[0], 3, 3)
-    yield _module("vae.quant_conv", "conv", 2 * latent, 2 * latent, 1, 1)
-    yield _module("vae.post_quant_conv", "conv", latent, latent, 1, 1)
+    yield described_module("vae.decoder.conv_norm_out", "other", widths[0])
+    yield described_module("vae.decoder.conv_out", "conv", config["out_channels"], widths[0], 3, 3)
+    yield described_module("vae.quant_conv", "conv", 2 * latent, 2 * latent, 1, 1)
+    yield described_module("vae.post_quant_conv", "conv", latent, latent, 1, 1)
 
 
 def _vae_middle(name: str, width: int) -> Iterator[ModuleInfo]:
     attention = f"{name}.mid_block.attentions.0"
-    yield _module(f"{attention}.group_norm", "other", width)
+    yield described_module(f"{attention}.group_norm", "other", width)
     for part in ("to_q", "to_k", "to_v", "to_out.0"):
-        yield _module(f"{attention}.{part}", "linear", width, width)
-    yield from _resnets(f"{name}.mid_block", [width, width], width, None)
+        yield described_module(f"{attention}.{part}", "linear", width, width)
+    yield from resnets(f"{name}.mid_block", [width, width], width, None)
 
 
 def _text_encoder(config: Config, name: str) -> Iterator[ModuleInfo]:
     width, middle = config["hidden_size"], config["intermediate_size"]
     embeddings = f"{name}.embeddings"
-    yield _module(f"{embeddings}.token_embedding", "other", config["vocab_size"], width, bias=False)
+    yield described_module(f"{embeddings}.token_embedding", "other", config["vocab_size"], width, bias=False)
     positions = config["max_position_embeddings"]
-    yield _module(f"{embeddings}.position_embedding", "other", positions, width, bias=False)
+    yield described_module(f"{embeddings}.position_embedding", "other", positions, width, bias=False)
     for index in range(config["num_hidden_layers"]):
         layer = f"{name}.encoder.layers.{index}"
         for part in ("k_proj", "v_proj", "q_proj", "out_proj"):
-            yield _module(f"{layer}.self_attn.{part}", "linear", width, width)
-        yield _module(f"{layer}.layer_norm1", "other", width)
-        yield _module(f"{layer}.mlp.fc1", "linear", middle, width)
-        yield _module(f"{layer}.mlp.fc2", "linear", width, middle)
-        yield _module(f"{layer}.layer_norm2", "other", width)
-    yield _module(f"{name}.final_layer_norm", "other", width)
+            yield described_module(f"{layer}.self_attn.{part}", "linear", width, width)
+        yield described_module(f"{layer}.layer_norm1", "other", width)
+        yield described_module(f"{layer}.mlp.fc1", "linear", middle, width)
+        yield described_module(f"{layer}.mlp.fc2", "linear", width, middle)
+        yield described_module(f"{layer}.layer_norm2", "other", width)
+    yield described_module(f"{name}.final_layer_norm", "other", width)

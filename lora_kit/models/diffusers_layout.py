@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DModel
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from lora_kit.errors import ModelError
 from lora_kit.models import tokenizers
+from lora_kit.models.bundle import FirstStage, Tokenizer
+from lora_kit.models.first_stage import first_stage_class
 from lora_kit.models.layout import Configs
-from lora_kit.models.pipeline_index import PARTS, check_index, index_in, read_index
+from lora_kit.models.pipeline_index import Parts, check_index, index_in, read_index
+from lora_kit.models.text_models import CLASSES, TextConfig, TextModel, without_dropout
+from lora_kit.models.unets import UNet, unet_class
 from lora_kit.recipe.sections import ModelSection
 
 _SHOWN = 8
@@ -32,50 +35,65 @@ class DiffusersBase:
         """`where`: the folder as a Path, or the hub id as a string. Raises ModelError if no pipeline is there."""
         self._where, self._section = where, section
         self._local = isinstance(where, Path)
-        check_index(read_index(_index(where, section.revision)), str(where))
+        self._parts = check_index(read_index(_index(where, section.revision)), str(where))
         if isinstance(where, Path):
-            _check_folders(where)
+            _check_folders(where, self._parts)
 
     def configs(self) -> Configs:
         """As in Layout."""
         with self._reading("configs"):
             return Configs(
-                unet=_plain(UNet2DConditionModel.load_config(self._where, subfolder="unet", **self._options)),
-                vae=_plain(AutoencoderKL.load_config(self._where, subfolder="vae", **self._options)),
-                text_encoder=CLIPTextConfig.from_pretrained(self._where, subfolder="text_encoder", **self._options),
-                scheduler=_plain(DDIMScheduler.load_config(self._where, subfolder="scheduler", **self._options)),
+                unet=self._config("unet"),
+                vae=self._config("vae"),
+                text_encoder=self._text_config(),
+                scheduler=self._config("scheduler", DDIMScheduler),
             )
 
-    def unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
+    def unet(self, dtype: torch.dtype) -> UNet:
         """As in Layout."""
-        return cast(UNet2DConditionModel, self._network(UNet2DConditionModel, "unet", torch_dtype=dtype))
+        return self._network(unet_class(self.configs().unet), "unet", torch_dtype=dtype)
 
-    def vae(self, dtype: torch.dtype) -> AutoencoderKL:
+    def vae(self, dtype: torch.dtype) -> FirstStage:
         """As in Layout."""
-        return cast(AutoencoderKL, self._network(AutoencoderKL, "vae", torch_dtype=dtype))
+        kind = first_stage_class({"_class_name": self._parts["vae"].classes[0]}, str(self._where))
+        return self._network(kind, "vae", torch_dtype=dtype)
 
-    def text_encoder(self, dtype: torch.dtype) -> CLIPTextModel:
+    def text_encoder(self, dtype: torch.dtype) -> TextModel:
         """As in Layout."""
-        return cast(CLIPTextModel, self._network(CLIPTextModel, "text_encoder", dtype=dtype))
+        kind = CLASSES[self._parts["text_encoder"].classes[0]][1]
+        return without_dropout(self._network(kind, "text_encoder", dtype=dtype))
 
-    def tokenizer(self) -> CLIPTokenizer:
+    def tokenizer(self) -> Tokenizer:
         """As in Layout."""
+        folder, classes = self._parts["tokenizer"]
+        kind = tokenizers.KINDS.get(classes[0], tokenizers.CLIP)
         if self._section.tokenizer:
-            return tokenizers.named(self._section.tokenizer)
+            return tokenizers.named(self._section.tokenizer, kind)
         if isinstance(self._where, Path):
-            return tokenizers.from_folder(self._where / "tokenizer")
+            return tokenizers.from_folder(self._where / folder, kind)
         with self._reading("tokenizer"):
-            return CLIPTokenizer.from_pretrained(self._where, subfolder="tokenizer", **self._options)
+            return kind.make.from_pretrained(self._where, subfolder=folder, **self._options)
+
+    def _text_config(self) -> TextConfig | None:
+        if "text_encoder" not in self._parts:
+            return None
+        folder, classes = self._parts["text_encoder"]
+        return CLASSES[classes[0]][0].from_pretrained(self._where, subfolder=folder, **self._options)
 
     @property
     def _options(self) -> dict[str, Any]:
         return {"local_files_only": True} if self._local else {"revision": self._section.revision}
 
+    def _config(self, part: str, reader: Any = UNet2DModel) -> dict[str, Any]:
+        """A part's own config; `reader` knows the file's name, whatever class it is for."""
+        folder = self._parts[part].folder
+        return _plain(reader.load_config(self._where, subfolder=folder, **self._options))
+
     def _network(self, network_class: Any, part: str, **dtype: torch.dtype) -> Any:
         """Load one network. The libraries only warn of missing tensors, and fill them at random: an error here."""
         options = {**self._options, "variant": self._section.variant, "output_loading_info": True, **dtype}
         with self._reading(part), _without_bars(self._local):
-            network, report = network_class.from_pretrained(self._where, subfolder=part, **options)
+            network, report = network_class.from_pretrained(self._where, subfolder=self._parts[part].folder, **options)
         for fault, what in (
             ("missing_keys", "lacks"),
             ("unexpected_keys", "holds tensors that its config has no place for:"),
@@ -115,8 +133,8 @@ def _fetch_index(name: str, revision: str | None) -> Path:
         ) from error
 
 
-def _check_folders(folder: Path) -> None:
-    missing = [part for part in PARTS if not (folder / part).is_dir()]
+def _check_folders(folder: Path, parts: Parts) -> None:
+    missing = [part.folder for part in parts.values() if not (folder / part.folder).is_dir()]
     if missing:
         raise ModelError(
             f"{folder} is incomplete: it has no folder {', '.join(missing)}, which its model_index.json names. "

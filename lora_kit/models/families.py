@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 
-from lora_kit.errors import ModelError
+from lora_kit.errors import ModelError, RecipeError
+from lora_kit.models import first_stage
 from lora_kit.models.bundle import Family, ModelBundle
+from lora_kit.models.family_names import fills_masks
+from lora_kit.models.inpainting import FillsMasks
+from lora_kit.models.picture_inputs import PictureInputs
 from lora_kit.models.text_states import PaddedStates, chunk_ids, expand_tokens, join_states
 from lora_kit.recipe.captions import LongText
+from lora_kit.recipe.inpainting import check_inpainting
+from lora_kit.recipe.without_text import check_with_text
+
+if TYPE_CHECKING:
+    from lora_kit.recipe import Recipe
 
 _OTHER_INPUTS = {
     5: "a depth-to-image model",
     7: "an upscaler",
     8: "an image-editing model (InstructPix2Pix)",
-    9: "an inpainting model",
 }
 
 
@@ -26,21 +33,31 @@ class StableDiffusion:
     """Latent diffusion on a VAE, told the last hidden state of a CLIP text encoder (Rombach et al. 2022)."""
 
     name = "sd"
+    needs_pixels = False
+    begins_at_picture = True
+    sees_mask = False
+    fills_masks = False
+    restores = False
+    pipeline_name = "StableDiffusionPipeline"
+
+    def for_recipe(self, recipe: Recipe) -> Family:
+        """Itself. Raises RecipeError for a section that is about other models."""
+        check_inpainting(recipe, self.name, fills=False)
+        check_with_text(recipe)
+        return self
 
     def encode(self, bundle: ModelBundle, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """pixels [b, 3, H, W] in -1..1 → mean and standard deviation of the latents [b, c, h, w], unscaled fp32.
-
-        Runs in the VAE's own precision even inside autocast: SD's VAE overflows in fp16.
-        """
-        vae: Any = bundle.vae
-        with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
-            posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
-        return posterior.mean.float(), posterior.std.float()
+        """pixels [b, 3, H, W] in -1..1 → mean and standard deviation of the latents [b, c, h, w], unscaled fp32."""
+        return first_stage.encode(bundle.vae, pixels)
 
     def target_latents(self, bundle: ModelBundle, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
         """z0 = scaling_factor · (mean + std · noise − shift), fp32; SD's own VAEs have no shift."""
-        scale, shift = latent_scale(bundle.vae)
+        scale, shift = self.latent_scale(bundle)
         return (mean.float() + std.float() * noise.float() - shift) * scale
+
+    def latent_scale(self, bundle: ModelBundle) -> tuple[float, float]:
+        """`scaling_factor` and `shift_factor` of the VAE's config."""
+        return first_stage.latent_scale(bundle.vae)
 
     def condition(self, bundle: ModelBundle, captions: list[str], long: LongText = "cut") -> Tensor | PaddedStates:
         """Captions → text states [b, tokens, width] in the text encoder's dtype; keeps the graph for training it.
@@ -58,10 +75,10 @@ class StableDiffusion:
         tokens: each chunk is encoded by itself between a start and an end token, and the states follow one another."""
         if long == "cut":
             return list(self._cut(bundle, captions).unbind())
-        chunks = chunk_ids(_tokenizer(bundle), captions, token_limit(bundle))
+        chunks = chunk_ids(_tokenizer(bundle), captions, self.token_limit(bundle))
         device = next(bundle.text_encoder.parameters()).device
         ids = torch.tensor([ids for caption in chunks for ids in caption], device=device)
-        states = bundle.text_encoder(ids).last_hidden_state
+        states = self._states(bundle, ids)
         return [part.flatten(0, 1) for part in states.split([len(caption) for caption in chunks])]
 
     def join_states(self, states: Sequence[Tensor]) -> Tensor | PaddedStates:
@@ -73,29 +90,77 @@ class StableDiffusion:
         tokens: Any = tokenizer(
             expand_tokens(tokenizer, captions),
             padding="max_length",
-            max_length=token_limit(bundle),
+            max_length=self.token_limit(bundle),
             truncation=True,
             return_tensors="pt",
         )
         device = next(bundle.text_encoder.parameters()).device
-        return bundle.text_encoder(tokens.input_ids.to(device)).last_hidden_state
+        return self._states(bundle, tokens.input_ids.to(device))
+
+    def _states(self, bundle: ModelBundle, ids: Tensor) -> Tensor:
+        return bundle.text_encoder(ids).last_hidden_state
+
+    def token_limit(self, bundle: ModelBundle) -> int:
+        """Tokens in a caption, start and end included: 77 for CLIP."""
+        return min(_tokenizer(bundle).model_max_length, bundle.text_encoder.config.max_position_embeddings)
 
     def truncated(self, bundle: ModelBundle, captions: list[str]) -> int:
         """How many captions are longer than the text encoder reads, so that `condition` cuts their end off."""
-        limit = token_limit(bundle)
+        limit = self.token_limit(bundle)
         encoded: Any = _tokenizer(bundle)(expand_tokens(_tokenizer(bundle), captions), truncation=False, verbose=False)
         return sum(len(ids) > limit for ids in encoded.input_ids)
 
     def predict(
-        self, bundle: ModelBundle, noisy: Tensor, timesteps: Tensor, condition: Tensor | PaddedStates
+        self,
+        bundle: ModelBundle,
+        noisy: Tensor,
+        timesteps: Tensor,
+        condition: Tensor | PaddedStates,
+        beside: Tensor | None = None,
     ) -> Tensor:
-        """The UNet's output for z_t [b, c, h, w] at t [b] (int64), fp32 in the latents' shape.
+        """The UNet's output for z_t [b, c, h, w] (`beside` behind it) at t [b] (int64), fp32 in the latents' shape.
 
         Inputs are cast to the dtype the base is held in, so that a bf16 base needs no autocast.
         """
         dtype = bundle.unet.conv_in.weight.dtype
         states, mask = condition if isinstance(condition, PaddedStates) else (condition, None)
-        return bundle.unet(noisy.to(dtype), timesteps, states.to(dtype), encoder_attention_mask=mask).sample.float()
+        seen = noisy if beside is None else torch.cat([noisy, beside], dim=1)
+        return bundle.unet(seen.to(dtype), timesteps, states.to(dtype), encoder_attention_mask=mask).sample.float()
+
+    def beside(
+        self,
+        bundle: ModelBundle,
+        pixels: Tensor,
+        holes: Sequence[Tensor | None],
+        generators: Sequence[torch.Generator],
+    ) -> Tensor | None:
+        """Nothing: the UNet takes z_t alone."""
+        return None
+
+    def beside_drawn(
+        self,
+        bundle: ModelBundle,
+        inputs: Sequence[PictureInputs] | None,
+        latents: Sequence[int],
+        generators: Sequence[torch.Generator],
+    ) -> Tensor | None:
+        """Nothing: the UNet takes z_t alone."""
+        return None
+
+    def fitted_input(self, bundle: ModelBundle, given: PictureInputs) -> PictureInputs:
+        """As it is."""
+        return given
+
+    def drawn_size(self, bundle: ModelBundle, picture: tuple[int, int]) -> tuple[int, int]:
+        """The picture's own size, whose sides must be multiples of the VAE's factor."""
+        factor = first_stage.vae_factor(bundle)
+        fitting = [max(factor, round(side / factor) * factor) for side in picture]
+        if list(picture) != fitting:
+            raise RecipeError(
+                f"The picture has {picture[0]}x{picture[1]} pixels; this base takes sides that are multiples of "
+                f"{factor}. Resize or crop it, to {fitting[0]}x{fitting[1]} for example."
+            )
+        return picture
 
 
 class StableDiffusion1(StableDiffusion):
@@ -110,15 +175,16 @@ class StableDiffusion2(StableDiffusion):
     name = "sd2"
 
 
-def latent_scale(vae: AutoencoderKL) -> tuple[float, float]:
-    """(scaling_factor, shift_factor) of the VAE's config; a missing shift is 0."""
-    config: Any = vae.config
-    return float(config.scaling_factor), float(getattr(config, "shift_factor", None) or 0.0)
+class StableDiffusion1Inpainting(FillsMasks, StableDiffusion):
+    """SD 1.x inpainting."""
+
+    name = "sd1-inpainting"
 
 
-def token_limit(bundle: ModelBundle) -> int:
-    """Tokens in a caption, start and end included: 77 for CLIP."""
-    return min(_tokenizer(bundle).model_max_length, bundle.text_encoder.config.max_position_embeddings)
+class StableDiffusion2Inpainting(FillsMasks, StableDiffusion):
+    """SD 2.x inpainting."""
+
+    name = "sd2-inpainting"
 
 
 def recognise(unet: Mapping[str, Any], text_width: int, source: str) -> Family:
@@ -129,7 +195,8 @@ def recognise(unet: Mapping[str, Any], text_width: int, source: str) -> Family:
     channels, width = unet.get("in_channels"), unet.get("cross_attention_dim")
     if unet.get("addition_embed_type") == "text_time":
         raise _unsupported(source, "a Stable Diffusion XL model (its UNet takes a pooled text embedding and sizes)")
-    if channels != unet.get("out_channels"):
+    fills = fills_masks(unet)
+    if channels != unet.get("out_channels") and not fills:
         kind = _OTHER_INPUTS.get(int(channels or 0), "of an unknown kind")
         raise _unsupported(source, f"{kind}: its UNet takes {channels} channels and gives {unet.get('out_channels')}")
     if unet.get("class_embed_type") is not None or unet.get("num_class_embeds") is not None:
@@ -139,11 +206,16 @@ def recognise(unet: Mapping[str, Any], text_width: int, source: str) -> Family:
             f"{source}: the UNet attends to text states of width {width}, but the text encoder gives {text_width}. "
             f"Its parts come from different models; use the text encoder that the UNet was trained with."
         )
-    return StableDiffusion2() if unet.get("use_linear_projection") else StableDiffusion1()
+    first, second = (StableDiffusion1, StableDiffusion2)
+    if fills:
+        first, second = (StableDiffusion1Inpainting, StableDiffusion2Inpainting)
+    return second() if unet.get("use_linear_projection") else first()
 
 
 def _unsupported(source: str, what: str) -> ModelError:
-    return ModelError(f"{source} is {what}. Supported so far: Stable Diffusion v1 and v2, text to image.")
+    return ModelError(
+        f"{source} is {what}. Supported so far: Stable Diffusion v1 and v2, text to image and inpainting."
+    )
 
 
 def _tokenizer(bundle: ModelBundle) -> Any:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from lora_kit.models.bundle import FirstStage, Tokenizer
+from lora_kit.models.text_models import TextConfig, TextModel
+from lora_kit.models.unets import UNet
 
 
 class Configs(NamedTuple):
@@ -14,7 +16,8 @@ class Configs(NamedTuple):
 
     unet: dict[str, Any]
     vae: dict[str, Any]
-    text_encoder: CLIPTextConfig
+    text_encoder: TextConfig | None
+    """None for a base that reads no text; its `text_encoder` and `tokenizer` below are not asked for."""
     scheduler: dict[str, Any]
 
 
@@ -25,18 +28,18 @@ class Layout(Protocol):
         """The configs, without reading weights."""
         ...
 
-    def unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
+    def unet(self, dtype: torch.dtype) -> UNet:
         """The UNet, held in `dtype`."""
         ...
 
-    def vae(self, dtype: torch.dtype) -> AutoencoderKL:
+    def vae(self, dtype: torch.dtype) -> FirstStage:
         """The VAE, held in `dtype`."""
         ...
 
-    def text_encoder(self, dtype: torch.dtype) -> CLIPTextModel:
+    def text_encoder(self, dtype: torch.dtype) -> TextModel:
         """The text encoder, held in `dtype`."""
         ...
 
-    def tokenizer(self) -> CLIPTokenizer:
+    def tokenizer(self) -> Tokenizer:
         """The tokenizer, from the base or from where its owner says."""
         ...

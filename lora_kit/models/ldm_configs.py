@@ -43,7 +43,8 @@ def unet_config(shapes: Shapes, form: Structure) -> dict[str, Any]:
     levels = range(form.unet_levels)
     widths = tuple(shapes[f"{UNET}input_blocks.{1 + level * stride}.0.out_layers.3.weight"][0] for level in levels)
     attends = [f"{UNET}input_blocks.{1 + level * stride}.1.proj_in.weight" in shapes for level in levels]
-    linear = len(shapes[f"{UNET}middle_block.1.proj_in.weight"]) == 2
+    # Some files of SD2 hold its linear layers as 1 × 1 convolutions: then the text encoder tells.
+    linear = is_v2(shapes) or len(shapes[f"{UNET}middle_block.1.proj_in.weight"]) == 2
     return {
         "sample_size": 64,
         "in_channels": shapes[f"{UNET}input_blocks.0.0.weight"][1],

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lora_kit.errors import ModelError
-from lora_kit.models import ldm_configs, tokenizers
+from lora_kit.models import ldm_configs, ldm_prediction, tokenizers
 from lora_kit.models.checkpoint_file import CheckpointFile
 from lora_kit.models.layout import Configs
 from lora_kit.models.ldm_keys import Claim, claim, is_unused, structure
@@ -41,10 +41,11 @@ class LdmCheckpoint:
             text = ldm_configs.text_config(shapes, form)
         except KeyError as error:
             raise ModelError(f"{self._file.path} is incomplete: it has no tensor {error}.") from error
-        prediction = self._prediction_type()
-        if prediction == "v_prediction":
+        asked, told = self._section.prediction_type, self._told()
+        if (asked or told) == "v_prediction":
             unet["sample_size"] = 96
-        return Configs(unet, vae, CLIPTextConfig(**text), {**ldm_configs.SCHEDULER, "prediction_type": prediction})
+        schedule = {**ldm_configs.SCHEDULER, "prediction_type": told or asked or "epsilon"}
+        return Configs(unet, vae, CLIPTextConfig(**text), schedule)
 
     def unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
         """As in Layout."""
@@ -61,21 +62,19 @@ class LdmCheckpoint:
     def text_encoder(self, dtype: torch.dtype) -> CLIPTextModel:
         """As in Layout."""
         with init_empty_weights():
-            network = CLIPTextModel(self.configs().text_encoder)
+            network = CLIPTextModel(cast(CLIPTextConfig, self.configs().text_encoder))
         return self._filled(network, "text_encoder", dtype)
 
     def tokenizer(self) -> CLIPTokenizer:
         """As in Layout."""
         return tokenizers.for_single_file(self._section, pad_with_zero=ldm_configs.is_v2(self._file.shapes))
 
-    def _prediction_type(self) -> str:
-        asked = self._section.prediction_type or _prediction_from(self._file.metadata)
-        if asked is None and ldm_configs.is_v2(self._file.shapes):
-            raise ModelError(
-                f"{self._file.path} is a Stable Diffusion v2 checkpoint, and its tensors do not tell what it predicts: "
-                f"set model.prediction_type: epsilon (the 512 base) or v_prediction (the 768 model)."
-            )
-        return asked or "epsilon"
+    def _told(self) -> str | None:
+        """What the file says that it predicts. Raises ModelError where neither it nor the section does."""
+        path, shapes, metadata, read, _ = self._file
+        if self._section.prediction_type is None and ldm_prediction.is_open(shapes, metadata):
+            raise ldm_prediction.ask(path, shapes, metadata, read)
+        return ldm_prediction.told_by(metadata)
 
     def _claimed(self) -> dict[str, Claim]:
         """Name in the file → where it belongs. Raises ModelError for names that nothing explains."""
@@ -95,7 +94,8 @@ class LdmCheckpoint:
         state: dict[str, Tensor] = {}
         for name, found in self._claims.items():
             if found.component == component:
-                state.update(unpacked(self._file.read(name).to(dtype), found, prefix))
+                parts = unpacked(self._file.read(name).to(dtype), found, prefix)
+                state.update({key: _as_linear(part, wanted.get(key, ())) for key, part in parts.items()})
         self._check(component, wanted, {name: tuple(tensor.shape) for name, tensor in state.items()})
         network.load_state_dict(state, strict=True, assign=True)
         return network
@@ -111,6 +111,11 @@ class LdmCheckpoint:
             raise ModelError(f"{path}: {some(odd)} of the {component} have the wrong shape (the first {shapes}).")
 
 
+def _as_linear(tensor: Tensor, wanted: tuple[int, ...]) -> Tensor:
+    """A 1 × 1 convolution's weight as [out, in], where the network has a linear layer."""
+    return tensor[:, :, 0, 0] if tensor.shape[2:] == (1, 1) and len(wanted) == 2 else tensor
+
+
 def unpacked(tensor: Tensor, found: Claim, prefix: str = "") -> dict[str, Tensor]:
     """One tensor of the file as the diffusers network holds it: name → tensor, sharing memory where it can."""
     if found.form == "packed":
@@ -119,11 +124,3 @@ def unpacked(tensor: Tensor, found: Claim, prefix: str = "") -> dict[str, Tensor
     if found.form == "pointwise" and tensor.ndim > 2:
         tensor = tensor.reshape(tensor.shape[0], -1)
     return {prefix + found.names[0]: tensor}
-
-
-def _prediction_from(metadata: Mapping[str, str]) -> str | None:
-    """What the header says, by the ModelSpec standard (Stability AI)."""
-    names = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction", "sample": "sample"}
-    said = names.get(metadata.get("modelspec.prediction_type", ""))
-    by_architecture = {"stable-diffusion-v2-768-v": "v_prediction", "stable-diffusion-v2-512": "epsilon"}
-    return said or by_architecture.get(metadata.get("modelspec.architecture", ""))

@@ -16,7 +16,7 @@ _OTHER_MODELS = {
     "double_blocks.": "a Flux checkpoint",
     "control_model.": "a ControlNet",
     "embedder.model.": "a Stable unCLIP checkpoint",
-    "cond_stage_model.transformer.token_emb.": "a latent diffusion (LDM) text-to-image checkpoint",
+    "cond_stage_model.transformer.token_emb.": "an LDM text-to-image checkpoint; give its diffusers folder instead",
 }
 PARTS = {"UNet": (UNET,), "VAE": (VAE,), "text encoder": (CLIP, OPEN_CLIP)}
 SHOWN = 8

@@ -9,17 +9,21 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig
 
 from lora_kit.errors import ModelError
-from lora_kit.models import tokenizers
-from lora_kit.models.bundle import ModelBundle
+from lora_kit.models import ldm_prediction, tokenizers
+from lora_kit.models.bundle import Family, FirstStage, ModelBundle
 from lora_kit.models.checkpoint_file import SUFFIXES, open_checkpoint
 from lora_kit.models.diffusers_layout import DiffusersBase
 from lora_kit.models.families import recognise
+from lora_kit.models.first_stage import first_stage_class
 from lora_kit.models.layout import Configs, Layout
 from lora_kit.models.ldm_layout import LdmCheckpoint
+from lora_kit.models.ldm_text2im import recognise_ldm
+from lora_kit.models.super_resolution import recognise_super_resolution
+from lora_kit.models.text_models import TextModel, text_model
+from lora_kit.models.unets import UNet, unet_class
 from lora_kit.recipe.base import PredictionType
 from lora_kit.recipe.sections import ModelSection
 
@@ -47,11 +51,14 @@ def load_bundle(
             **_facts(section, configs),
             unet=fresh_unet(configs, dtype, seed) if fresh else layout.unet(dtype),
             vae=layout.vae(vae_dtype),
-            text_encoder=fresh_text_encoder(configs, dtype, seed) if fresh else layout.text_encoder(dtype),
-            tokenizer=layout.tokenizer(),
+            text_encoder=None,
+            tokenizer=None,
         )
-    tokenizers.check(bundle.tokenizer, configs.text_encoder.vocab_size, section.base)
-    for network in (bundle.unet, bundle.vae, bundle.text_encoder):
+        if configs.text_encoder is not None:
+            bundle.text_encoder = fresh_text_encoder(configs, dtype, seed) if fresh else layout.text_encoder(dtype)
+            bundle.tokenizer = layout.tokenizer()
+            tokenizers.check(bundle.tokenizer, configs.text_encoder.vocab_size, section.base)
+    for network in bundle.networks:
         network.eval().requires_grad_(False)
     return bundle
 
@@ -66,11 +73,21 @@ def skeleton(section: ModelSection) -> ModelBundle:
     with torch.device("meta"):
         return ModelBundle(
             **_facts(section, configs),
-            unet=cast(UNet2DConditionModel, UNet2DConditionModel.from_config(configs.unet)),
-            vae=cast(AutoencoderKL, AutoencoderKL.from_config(configs.vae)),
-            text_encoder=CLIPTextModel(configs.text_encoder),
+            unet=cast(UNet, unet_class(configs.unet).from_config(configs.unet)),
+            vae=cast(FirstStage, first_stage_class(configs.vae, section.base).from_config(configs.vae)),
+            text_encoder=text_model(configs.text_encoder) if configs.text_encoder is not None else None,
             tokenizer=None,
         )
+
+
+def prediction_is_open(section: ModelSection) -> bool:
+    """Whether loading would ask what the network predicts: neither the section nor a single file's header says it."""
+    path = Path(section.base).expanduser()
+    if section.prediction_type is not None or section.base == TINY or not path.is_file():
+        return False
+    _check_suffix(path)
+    with open_checkpoint(path) as file:
+        return ldm_prediction.is_open(file.shapes, file.metadata)
 
 
 @contextmanager
@@ -96,19 +113,20 @@ def open_layout(section: ModelSection) -> Generator[Layout]:
         yield DiffusersBase(base, section)
 
 
-def fresh_unet(configs: Configs, dtype: torch.dtype, seed: int) -> UNet2DConditionModel:
+def fresh_unet(configs: Configs, dtype: torch.dtype, seed: int) -> UNet:
     """A UNet with new weights. The global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network: Any = cast(UNet2DConditionModel, UNet2DConditionModel.from_config(configs.unet))
+        network: Any = cast(UNet, unet_class(configs.unet).from_config(configs.unet))
     return network.to(dtype)
 
 
-def fresh_text_encoder(configs: Configs, dtype: torch.dtype, seed: int) -> CLIPTextModel:
+def fresh_text_encoder(configs: Configs, dtype: torch.dtype, seed: int) -> TextModel:
     """A text encoder with new weights. The global random state is left as it was."""
+    assert configs.text_encoder is not None, "this base reads no text"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 1)
-        network: Any = CLIPTextModel(CLIPTextConfig.from_dict(configs.text_encoder.to_dict()))
+        network: Any = text_model(type(configs.text_encoder).from_dict(configs.text_encoder.to_dict()))
     return network.to(dtype)
 
 
@@ -121,11 +139,20 @@ def _facts(section: ModelSection, configs: Configs) -> dict[str, Any]:
             f"{', '.join(get_args(PredictionType))}. If the config is wrong, set model.prediction_type."
         )
     return {
-        "family": recognise(configs.unet, configs.text_encoder.hidden_size, section.base),
+        "family": _family(configs, section.base),
         "scheduler_config": configs.scheduler,
         "prediction_type": prediction_type,
         "source": section.base,
     }
+
+
+def _family(configs: Configs, source: str) -> Family:
+    text = configs.text_encoder
+    if text is None:
+        return recognise_super_resolution(configs.unet, configs.vae, source)
+    if isinstance(text, LDMBertConfig):
+        return recognise_ldm(configs.unet, text, source)
+    return recognise(configs.unet, text.hidden_size, source)
 
 
 def _tiny_folder() -> Path:

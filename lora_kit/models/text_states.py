@@ -62,5 +62,8 @@ def _parts(ids: list[int], size: int) -> list[list[int]]:
 
 
 def _chunk(tokenizer: Any, content: list[int], length: int) -> list[int]:
-    ids = [tokenizer.bos_token_id, *content, tokenizer.eos_token_id]
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if start is None:  # BERT's tokenizers call them otherwise
+        start, end = tokenizer.cls_token_id, tokenizer.sep_token_id
+    ids = [start, *content, end]
     return ids + [tokenizer.pad_token_id] * (length - len(ids))

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from lora_kit.recipe.base import Problem
-from lora_kit.recipe.methods import IN_PEFT_LAYERS, WITH_UP_AND_DOWN
+from lora_kit.recipe.inpainting import inpainting_problems
+from lora_kit.recipe.methods import WITH_UP_AND_DOWN
 from lora_kit.recipe.objective import prediction_problems
 from lora_kit.recipe.quantize import quantize_problems
 from lora_kit.recipe.rules import PresetRules, TargetRule, listed
+from lora_kit.recipe.save import layout_problem
 from lora_kit.recipe.schedule import schedule_problems
 from lora_kit.recipe.tokens import token_problems
 from lora_kit.recipe.validation import result_problems, validation_problems
@@ -27,6 +29,7 @@ def recipe_problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _averages(recipe)
     yield from _lora_plus(recipe)
     yield from validation_problems(recipe)
+    yield from inpainting_problems(recipe)
     yield from result_problems(recipe)
     yield from _targets_of_sources(recipe)
     yield from _prediction(recipe)
@@ -151,16 +154,9 @@ def _begins_twice(recipe: Recipe) -> Iterator[Problem]:
 
 def _layout(recipe: Recipe) -> Iterator[Problem]:
     """What the file's layout cannot hold is told now, not after the run."""
-    methods, layout = _methods(recipe), recipe.save.format
-    others = sorted(methods - set(IN_PEFT_LAYERS) - {"full"})
-    if layout == "kohya" or methods == {"full"}:
-        return
-    if others:
-        said = f"the {layout} layout holds LoRA, rsLoRA and DoRA, and the rules say {', '.join(others)}; "
-        yield Problem(("save", "format"), f"{said}use `kohya`, which holds every method.")
-    elif "dora" in methods and len(methods) > 1:
-        said = f"the {layout} layout has one switch for DoRA, and the rules say {', '.join(sorted(methods))}; "
-        yield Problem(("save", "format"), f"{said}use `kohya`, or one method.")
+    layout = recipe.save.format
+    if layout is not None and (problem := layout_problem(layout, _methods(recipe))):
+        yield Problem(("save", "format"), problem)
 
 
 def _methods(recipe: Recipe) -> set[str]:

@@ -24,6 +24,8 @@ from lora_kit.recipe.buckets import BucketSection, bucket_problems
 from lora_kit.recipe.cache import CacheSection
 from lora_kit.recipe.captions import CaptionRules, CaptionSection
 from lora_kit.recipe.checks import recipe_problems
+from lora_kit.recipe.degradation import DegradationSection
+from lora_kit.recipe.inpainting import InpaintingSection
 from lora_kit.recipe.objective import ObjectiveSection
 from lora_kit.recipe.optimizer import OptimizerSection
 from lora_kit.recipe.rules import PresetName, PresetRules, TargetItem, TargetRule, Targets
@@ -42,7 +44,9 @@ __all__ = [
     "CaptionRules",
     "CaptionSection",
     "DataSection",
+    "DegradationSection",
     "EarlyStopSection",
+    "InpaintingSection",
     "Method",
     "ModelSection",
     "ObjectiveSection",
@@ -79,7 +83,8 @@ class ModelSection(Section):
     """Folder or hub id of the CLIP tokenizer, for a single-file checkpoint (it carries none)."""
     prediction_type: PredictionType | None = None
     """What the network predicts: the noise (`epsilon`), v (`v_prediction`) or the clean latents (`sample`). Default:
-    what the base's scheduler config says."""
+    what the base's scheduler config says, or a single file's header. A single file of SD 2.x whose header says nothing
+    needs it: `epsilon` for the 512 base, `v_prediction` for the 768 model."""
     adapter: PathText | None = None
     """Go on from this adapter, a file of any layout or PEFT's folder: training begins at its weights instead of at
     zero. `targets` must pick its modules with its ranks and alphas. The base that figures compare with is the base
@@ -177,9 +182,14 @@ class Recipe(Section):
     tokens: list[TokenSection] = Field(default=[])
     """New words that are learned as vectors of the text encoder's embedding, which otherwise stays as it is."""
     objective: ObjectiveSection = ObjectiveSection()
+    degradation: DegradationSection | None = None
+    """How a super-resolution model's low-resolution pictures are made. Default: bicubic downscaling; none for other
+    models."""
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
     train: TrainSection = TrainSection()
+    inpainting: InpaintingSection | None = None
+    """Which parts of a picture are to be filled: only for an inpainting base, which without it takes the defaults."""
     save: SaveSection = SaveSection()
     validation: ValidationSection = ValidationSection()
     output_dir: PathText = "runs/default"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from lora_kit.recipe.base import PathText, Positive, Problem, Section, refuse
 from lora_kit.recipe.captions import CaptionRules
@@ -87,6 +87,19 @@ class SourceSection(Section):
     """As `data.alpha`, for this source."""
     captions: CaptionRules | None = None
     """As `data.captions`, for this source; replaces it whole. Default: `data.captions`."""
+
+    _reads_captions: bool = PrivateAttr(default=True)
+
+    @property
+    def reads_captions(self) -> bool:
+        """Whether a picture needs a caption; the base decides, not the recipe."""
+        return self._reads_captions
+
+    def without_captions(self) -> SourceSection:
+        """The same source for a base that reads no text."""
+        found = self.model_copy()
+        found._reads_captions = False
+        return found
 
     @model_validator(mode="after")
     def _fits(self) -> SourceSection:

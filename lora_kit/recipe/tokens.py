@@ -107,7 +107,7 @@ def _bundled(recipe: Recipe) -> Iterator[Problem]:
     if recipe.targets == "none":
         said = "there is no adapter file to put the tokens into; each has a file of its own. Remove it."
         yield Problem(("save", "bundle_tokens"), said)
-    elif recipe.save.format != "kohya":
+    elif recipe.save.format not in ("kohya", None):
         said = f"the {recipe.save.format} layout holds no tokens; use `format: kohya`, or remove it."
         yield Problem(("save", "bundle_tokens"), said)
 

@@ -106,6 +106,9 @@ class ValidationSection(Section):
     base's. Default: eight of daily things if there is a `held_out`, otherwise none. `[]`: none."""
     early_stop: EarlyStopSection | None = None
     """End the run once the held-out loss has stopped falling. `{}` takes the section's defaults."""
+    restored: NonNegative = 16
+    """Held-out pictures that a super-resolution model enlarges at each validation, the first ones: their PSNR and SSIM
+    beside those of bicubic enlarging, and a sheet. 0: none. Does nothing for other models."""
     retrieval: bool = False
     """At the end, draw every held-out caption at strength 0 and 1 and report style (mean saturation) and
     subject (is the picture's nearest held-out picture its own, top-1 and top-5) figures."""

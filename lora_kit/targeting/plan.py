@@ -86,6 +86,11 @@ class TargetPlan(NamedTuple):
         """Sum over all targets."""
         return sum(target.parameters for target in self.targets)
 
+    @property
+    def methods(self) -> frozenset[str]:
+        """Of all targets."""
+        return frozenset(target.method for target in self.targets)
+
 
 class _PlanFile(NamedTuple):
     format: int

@@ -21,8 +21,9 @@ _UNET_RULES: dict[str, tuple[dict[str, str], ...]] = {
     "all-linear": ({"match": "unet.**", "kind": "linear"},),
     "all": ({"match": "unet.**"},),
 }
-_TEXT_ENCODER_RULE = {"match": "text_encoder.**.layers.*.{self_attn.{q,k,v,out}_proj,mlp.fc{1,2}}"}
-"""`**` before `layers` covers the module tree of every transformers version, with `text_model` or without."""
+_TEXT_ENCODER_RULE = {"match": "text_encoder.**.layers.*.{self_attn.{q,k,v,out}_proj,mlp.fc{1,2},fc{1,2}}"}
+"""`**` before `layers` covers the module tree of every transformers version, with `text_model` or without.
+The last alternative is LDMBert's, whose layers have no `mlp`."""
 
 
 def preset_rules(preset: PresetRules) -> list[TargetRule]:

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+_UNCALLED = {"LDMBertModel": ("to_logits",)}
+"""Class → its modules that no forward pass goes through, so that no rule can pick them: LDMBert's head over words."""
+
+
 def module_tree(components: Mapping[str, nn.Module]) -> list[ModuleInfo]:
     """Every module with parameters of its own, in module order, under dotted names that start with the component.
 
@@ -28,7 +32,10 @@ def _modules(name: str, module: nn.Module) -> Iterator[ModuleInfo]:
     if own:
         weight = getattr(module, "weight", own[0])
         yield ModuleInfo(name, _kind(module), tuple(weight.shape), sum(parameter.numel() for parameter in own))
+    uncalled = _UNCALLED.get(type(module).__name__, ())
     for child_name, child in module.named_children():
+        if child_name in uncalled:
+            continue
         yield from _modules(f"{name}.{child_name}", child)
 
 

@@ -15,8 +15,11 @@ from lora_kit.adapters.state import adaptable_modules
 from lora_kit.data import Flaw, TrainingSet
 from lora_kit.data.records import name_some
 from lora_kit.models import ModelBundle, base_hash, load_bundle
+from lora_kit.models.adapter_layouts import layout_for
+from lora_kit.models.text_models import checkpoint_activations
 from lora_kit.progress import no_progress, progress
 from lora_kit.recipe import Recipe
+from lora_kit.recipe.save import Layout
 from lora_kit.targeting import TargetPlan, make_plan, module_tree, plan_to_json
 from lora_kit.targeting.quantised import quantised_layers
 from lora_kit.training.checkpoints import named_trainables
@@ -26,7 +29,7 @@ from lora_kit.training.held_out import MeasuredSet, train_subset
 from lora_kit.training.launch import sharding_of
 from lora_kit.training.learned_tokens import LearnedTokens, start_tokens, token_notices
 from lora_kit.training.max_norm import Limited, limited_modules
-from lora_kit.training.objective import adopt_schedule, build_objective, objective_notices
+from lora_kit.training.objective import adopt_schedule, build_objective, objective_notices, schedule_notices
 from lora_kit.training.optimizers import build_optimizer, parameter_groups, up_matrices
 from lora_kit.training.precision import base_dtype
 from lora_kit.training.prepared import PreparedData, place_networks, prepare_data
@@ -97,7 +100,7 @@ class Run(NamedTuple):
         """What the user should be told once about data and targets."""
         sets = [data for data in (self.data, self.prepared.held_out) if data is not None]
         notices = [*self.prepared.notices, *(notice for data in sets for notice in data.notices)]
-        notices += objective_notices(self.learner.objective)
+        notices += [*schedule_notices(self.bundle), *objective_notices(self.learner.objective)]
         if self.skipped:
             names = name_some([flaw.id for flaw in self.skipped])
             notices = [
@@ -113,6 +116,11 @@ class Run(NamedTuple):
         if len({target.alpha for target in self.plan.targets}) > 1:
             notices = [*notices, MIXED_ALPHAS]
         return notices
+
+    @property
+    def layout(self) -> Layout:
+        """Layout of the adapter's file. Raises RecipeError where the family or the methods have it not."""
+        return layout_for(self.recipe.save, self.bundle.family.name, self.plan.methods)
 
     @property
     def is_sharded(self) -> bool:
@@ -136,24 +144,28 @@ class Run(NamedTuple):
         return plan_to_json(self.plan) | learned
 
 
-def build_run(recipe: Recipe, accelerator: Accelerator, resumes: bool = False) -> Run:
+def build_run(recipe: Recipe, accelerator: Accelerator, resumes: bool = False, data: PreparedData | None = None) -> Run:
     """Load, plan, encode the data, inject, and make the optimizer.
 
-    resumes: a checkpoint's weights follow, so that `model.adapter` need not be there any more.
+    resumes: a checkpoint's weights follow, so that `model.adapter` need not be there any more. data: what is there in
+    place of the recipe's own.
     """
     file = Path(recipe.model.adapter) if recipe.model.adapter and not resumes else None
     raw = read_raw(file) if file else None
     bundle = load_bundle(recipe.model, dtype=base_dtype(recipe), seed=recipe.seed)
+    bundle.family = bundle.family.for_recipe(recipe)
     adopt_schedule(recipe.objective, bundle)
     tree = module_tree(bundle.components)
     plan = make_plan(recipe.targets, tree)
+    layout_for(recipe.save, bundle.family.name, plan.methods)  # what cannot be written is refused now
     few_bits = quantised_layers(recipe.model.quantize, tree, plan)
-    start = starting_updates(file, raw, adaptable_modules(bundle.components), plan) if file and raw else None
+    modules, family = adaptable_modules(bundle.components), bundle.family.name
+    start = starting_updates(file, raw, modules, plan, family) if file and raw else None
     hashed = "" if _is_full(plan) else base_hash(bundle)
     trains_text = bool(recipe.tokens) or any(target.module.component == "text_encoder" for target in plan.targets)
     tokens = start_tokens(bundle, recipe.tokens, recipe.seed) if recipe.tokens else None
     bar = progress if accelerator.is_main_process else no_progress
-    data = prepare_data(recipe, bundle, trains_text, accelerator, bar)
+    data = data or prepare_data(recipe, bundle, trains_text, accelerator, bar)
     sharding = sharding_of(accelerator)
     quantised = None
     if few_bits.modules:  # before the networks are placed, so that the device never holds them whole
@@ -197,7 +209,8 @@ def make_trainable(recipe: Recipe, bundle: ModelBundle, plan: TargetPlan) -> Non
         inject(bundle.components, plan, adapter_name=ADAPTER, seed=recipe.seed)
     if recipe.train.gradient_checkpointing:
         bundle.unet.enable_gradient_checkpointing()
-        bundle.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+        if bundle.has_text:
+            checkpoint_activations(bundle.text_encoder)
     set_training(bundle, True)
 
 

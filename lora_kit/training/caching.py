@@ -34,12 +34,13 @@ from lora_kit.data.cache import (
 from lora_kit.data.records import MAX_NAMED, Flaw, settle_flaws
 from lora_kit.data.scan import tell_findings
 from lora_kit.data.split import open_parted_sets
-from lora_kit.inference.sampling import vae_factor
 from lora_kit.models import ModelBundle
 from lora_kit.models.fingerprints import text_encoder_fingerprint, tokenizer_fingerprint, vae_fingerprint
+from lora_kit.models.first_stage import vae_factor
 from lora_kit.progress import ProgressBar
 from lora_kit.recipe import Recipe
 from lora_kit.recipe.cache import cache_folder
+from lora_kit.recipe.without_text import without_captions
 from lora_kit.training.encoders import latent_encoder, load_encoders, text_encoder, trains_text_encoder
 
 ENCODE_BATCH = 8
@@ -85,10 +86,10 @@ def open_cache(recipe: Recipe, bundle: ModelBundle, trains_text: bool) -> Cache:
         store=CacheStore(folder),
         hints=PictureHints(folder),
         vae=vae_fingerprint(bundle),
-        text_encoder=text_encoder_fingerprint(bundle),
-        tokenizer=tokenizer_fingerprint(bundle),
+        text_encoder=text_encoder_fingerprint(bundle) if bundle.has_text else "",
+        tokenizer=tokenizer_fingerprint(bundle) if bundle.has_text else "",
         text_options={"autocast": recipe.train.mixed_precision, "long": recipe.data.captions.long},
-        keeps_texts=not trains_text,
+        keeps_texts=bundle.has_text and not trains_text,
     )
 
 
@@ -126,7 +127,7 @@ def wanted_keys(recipe: Recipe, bar: ProgressBar) -> set[bytes]:
     bundle = load_encoders(recipe)
     cache = open_cache(recipe, bundle, trains_text_encoder(recipe, bundle))
     wanted = set[bytes]()
-    for data in data_sets(recipe, cache.hints, bar, vae_factor(bundle)):
+    for data in data_sets(recipe, cache.hints, bar, vae_factor(bundle), bundle.has_text):
         if data.section.crop == "center":
             job = latent_job(cache, data, latent_encoder(bundle, bundle.vae.device))
             facts = read_facts(data.records, cache.hints, data.section.workers, bar)
@@ -138,10 +139,16 @@ def wanted_keys(recipe: Recipe, bar: ProgressBar) -> set[bytes]:
 
 
 def data_sets(
-    recipe: Recipe, hints: PictureHints | None, bar: ProgressBar, latent_factor: int = 8
+    recipe: Recipe, hints: PictureHints | None, bar: ProgressBar, latent_factor: int = 8, has_text: bool = True
 ) -> list[TrainingSet]:
     """The training set and, if there is one, the held-out set. Only with buckets, and only where there is no hint, are
-    pictures' headers read. latent_factor: as TrainingSet's."""
+    pictures' headers read. latent_factor: as TrainingSet's. has_text: whether the base reads captions."""
+    if not has_text:
+        sets = data_sets(without_captions(recipe), hints, bar, latent_factor)
+        ignored = sum(data.ignore_captions() for data in sets)
+        if ignored:
+            sets[0].notices.append(f"The base reads no text: the captions of {ignored} pictures are ignored.")
+        return sets
     held_out, split = recipe.validation.source, recipe.validation.split
     if split is not None:
         return open_parted_sets(recipe.data, split, recipe.seed, bar, hints, latent_factor)

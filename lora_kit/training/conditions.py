@@ -32,7 +32,9 @@ class Conditions:
         self._kept_tokens = 0
 
     def __call__(self, captions: Sequence[str]) -> Any:
-        """One condition for all `captions`, on the base's device."""
+        """One condition for all `captions`, on the base's device; None for a base that reads no text."""
+        if not self.bundle.has_text:
+            return None
         if self.trained:
             return self.bundle.family.condition(self.bundle, list(captions), self.long)
         known = self._known(dict.fromkeys(captions))

@@ -67,19 +67,21 @@ def draw_final(run: Run, folder: RunFolder, metrics: Metrics, steps: Sequence[in
 def draw_at(run: Run, prompts: Sequence[str], strength: float) -> list[Image.Image]:
     """The prompts at one strength, each with the section's seed, on the run's own schedule and prediction type."""
     seed = run.recipe.validation.seed
-    with at_strength(run, strength), visiting(run.bundle.device, run.bundle.vae, run.bundle.text_encoder):
+    with at_strength(run, strength), visiting(run.bundle.device, *run.bundle.networks):
         return draw(run.bundle, prompts, [seed] * len(prompts), settings=settings_of(run))
 
 
-def settings_of(run: Run, steps: int | None = None) -> SamplingSettings:
-    """The validation section's sampler settings at the training resolution; steps: others than the section's."""
+def settings_of(run: Run, steps: int | None = None, size: tuple[int, int] | None = None) -> SamplingSettings:
+    """The validation section's sampler settings at the training resolution; steps: others than the section's; size:
+    another width and height."""
     section, side = run.recipe.validation, run.recipe.data.resolution
+    width, height = size or (side, side)
     settings = SamplingSettings(
         steps=section.steps,
         guidance=section.guidance,
         negative_prompt=section.negative_prompt,
-        width=side,
-        height=side,
+        width=width,
+        height=height,
         long_prompts=run.recipe.data.captions.long,
     )
     return settings if steps is None else replace(settings, steps=steps)

@@ -60,8 +60,12 @@ def drift_reference(
     clean = sample_latents(bundle, prompts, seeds, settings).cpu()
     parts = [_draws(seed, index, count, clean.shape[1:], len(objective.alpha_bars)) for index in range(len(prompts))]
     noise, timesteps = torch.cat([part.noise for part in parts]), torch.cat([part.timesteps for part in parts])
+    generators = [generator_for(seed, "drift", index, "beside") for index in range(len(prompts))]
+    beside = bundle.family.beside_drawn(bundle, None, clean.shape, generators)
+    beside = None if beside is None else beside.cpu().repeat_interleave(count, dim=0)
     clean, alpha_bar = clean.repeat_interleave(count, dim=0), objective.alpha_bars[timesteps]
-    noised = Noised(clean, noise, add_noise(clean, noise, alpha_bar.float()), timesteps, alpha_bar, timesteps)
+    noisy = add_noise(clean, noise, alpha_bar.float())
+    noised = Noised(clean, noise, noisy, timesteps, alpha_bar, timesteps, beside)
     predictions = _predictions(tuple(prompts), noised, bundle, conditions)
     error = (predictions - wanted_prediction(bundle, noised)).double().square().mean()
     return DriftReference(tuple(prompts), noised, predictions, float(error))
@@ -81,7 +85,8 @@ def _predictions(prompts: tuple[str, ...], noised: Noised, bundle: ModelBundle, 
     for rows in _rows(len(captions)):
         part, condition = noised.rows(rows), conditions([captions[row] for row in rows])
         noisy, timesteps = part.noisy.to(bundle.device), part.timesteps.to(bundle.device)
-        found.append(bundle.family.predict(bundle, noisy, timesteps, condition).float().cpu())
+        beside = None if part.beside is None else part.beside.to(bundle.device)
+        found.append(bundle.family.predict(bundle, noisy, timesteps, condition, beside).float().cpu())
     return torch.cat(found)
 
 

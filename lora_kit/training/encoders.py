@@ -24,11 +24,13 @@ def load_encoders(recipe: Recipe) -> ModelBundle:
         configs = layout.configs()
         fresh = recipe.model.weights == "fresh"
         bundle.vae = layout.vae(torch.float32)
-        bundle.text_encoder = fresh_text_encoder(configs, dtype, recipe.seed) if fresh else layout.text_encoder(dtype)
-        bundle.tokenizer = layout.tokenizer()
-    check(bundle.tokenizer, configs.text_encoder.vocab_size, recipe.model.base)
-    networks: list[nn.Module] = [bundle.vae, bundle.text_encoder]
-    for network in networks:
+        if configs.text_encoder is not None:
+            bundle.text_encoder = (
+                fresh_text_encoder(configs, dtype, recipe.seed) if fresh else layout.text_encoder(dtype)
+            )
+            bundle.tokenizer = layout.tokenizer()
+            check(bundle.tokenizer, configs.text_encoder.vocab_size, recipe.model.base)
+    for network in bundle.networks[1:]:  # all but the UNet
         network.eval().requires_grad_(False)
     return bundle
 

@@ -10,6 +10,7 @@ from lora_kit.training.build import Run
 from lora_kit.training.checkpoints import Progress, checkpoint_name, load_checkpoint
 from lora_kit.training.folder import RunFolder
 from lora_kit.training.metrics import Metrics
+from lora_kit.training.restoring import restoring_lines
 from lora_kit.training.result import write_result
 from lora_kit.training.resume import state_of
 from lora_kit.training.shares import written_by_main
@@ -64,6 +65,7 @@ class Outcome(NamedTuple):
             lines.append(f"drift on unrelated prompts: {f['drift']:.2%} of the base's own loss")
         if "best_step" in f:
             lines.append(verdict_line(f))
+        lines += restoring_lines(f)
         for strength in ("0", "1"):
             if f"top1_at_{strength}" in f:
                 lines.append(

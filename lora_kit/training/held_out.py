@@ -14,7 +14,14 @@ from lora_kit.data.buckets import Size
 from lora_kit.diffusion import Draws, generator_for, seed_for, stratified_timesteps
 from lora_kit.models import ModelBundle
 from lora_kit.training.conditions import Conditions
-from lora_kit.training.objective import Objective, latent_moments, noised_latents, sample_losses, wanted_prediction
+from lora_kit.training.objective import (
+    Objective,
+    beside_latents,
+    latent_moments,
+    noised_latents,
+    sample_losses,
+    wanted_prediction,
+)
 
 BATCH = 16
 
@@ -39,11 +46,12 @@ def draw_losses(measured: MeasuredSet, objective: Objective, bundle: ModelBundle
         samples = [measured.pictures.plain(measured.records[place]) for place in places]
         batch = cast(Batch, send_to_device(collate(samples), bundle.device))
         moments = latent_moments(bundle, batch)
+        beside = beside_latents(bundle, batch, [(measured.seed, measured.use, place) for place in places])
         condition = conditions(batch.captions)
         draws = [_draws(measured, place, moments[0].shape[1:], len(objective.alpha_bars)) for place in places]
         losses: list[Tensor] = []
         for k in range(measured.timesteps_per_picture):
-            noised = noised_latents(objective, bundle, moments, _nth(draws, k))
+            noised = noised_latents(objective, bundle, moments, _nth(draws, k), beside)
             wanted = wanted_prediction(bundle, noised)
             losses.append(sample_losses(objective, bundle, noised, condition, wanted, batch.masks))
         found |= zip(places, torch.stack(losses, dim=1).tolist(), strict=True)

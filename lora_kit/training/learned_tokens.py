@@ -99,7 +99,8 @@ def start_tokens(bundle: ModelBundle, sections: Sequence[TokenSection], seed: in
     """
     network: Any = bundle.components[TEXT_ENCODER]
     base = cast(nn.Embedding, network.get_input_embeddings())
-    vocabulary, tokenizer = base.weight.detach(), cast(Any, copy.deepcopy(bundle.tokenizer))
+    vocabulary = base.weight.detach()
+    tokenizer: Any = copy.deepcopy(bundle.tokenizer)
     problems = [problem for index, one in enumerate(sections) for problem in _problems(tokenizer, one, index)]
     starts: list[Tensor] = []
     for index, one in enumerate(sections if not problems else ()):

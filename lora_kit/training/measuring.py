@@ -75,6 +75,10 @@ def measured_with(run: Run) -> str:
     ids = [run.data.records[index].id for index in subset.records] if subset else []
     parts: list[Any] = [pictures.fingerprint, ids, section.seed, section.held_out_timesteps]
     parts.append(run.recipe.objective.model_dump(mode="json"))
+    if run.recipe.degradation is not None:
+        parts.append(run.recipe.degradation.model_dump(mode="json"))
+    if run.recipe.inpainting is not None:  # it makes the held-out pictures' masks, too
+        parts.append(run.recipe.inpainting.model_dump(mode="json", exclude={"shown"}))
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -148,7 +152,7 @@ def _losses(run: Run, measured: MeasuredSet | None) -> Losses:
 
 def _drift_reference(run: Run) -> DriftReference | None:
     section, bundle = run.recipe.validation, run.bundle
-    prompts = drift_prompts(section)
+    prompts = drift_prompts(section) if bundle.has_text else []
     if not prompts:
         return None
     settings = settings_of(run, min(STEPS, section.steps))

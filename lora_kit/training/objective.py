@@ -17,6 +17,7 @@ from lora_kit.diffusion import (
     debiased_weight,
     draw_for_samples,
     elementwise_loss,
+    generator_for,
     masked_mean,
     min_snr_weight,
     offset_noise,
@@ -32,7 +33,7 @@ from lora_kit.diffusion import (
 )
 from lora_kit.errors import ModelError
 from lora_kit.models import ModelBundle
-from lora_kit.models.pipelines import ZERO_TERMINAL_SNR
+from lora_kit.models.schedules import ZERO_TERMINAL_SNR
 from lora_kit.recipe import ObjectiveSection
 from lora_kit.recipe.objective import check_against_base, weight_name
 from lora_kit.training.timesteps import drawn_timesteps
@@ -74,6 +75,17 @@ def schedule_facts(bundle: ModelBundle) -> dict[str, object]:
     """What a sampler has to know of the run's schedule, for the adapter's header."""
     changed = ZERO_TERMINAL_SNR if bundle.scheduler_config.get("rescale_betas_zero_snr") else {}
     return {"prediction_type": bundle.prediction_type, **changed}
+
+
+def schedule_notices(bundle: ModelBundle) -> list[str]:
+    """What the user should be told once about what the base predicts."""
+    said = bundle.scheduler_config.get("prediction_type", "epsilon")
+    if said == bundle.prediction_type:
+        return []
+    return [
+        f"model.prediction_type: {bundle.prediction_type} goes over what {bundle.source} says of itself, {said}: "
+        "trained, drawn and saved so."
+    ]
 
 
 def build_objective(section: ObjectiveSection, bundle: ModelBundle) -> Objective:
@@ -136,11 +148,12 @@ def draw(objective: Objective, seed: int, step: int, batch: Batch, shape: Sequen
 
 def latent_moments(bundle: ModelBundle, batch: Batch) -> tuple[Tensor, Tensor]:
     """Mean and deviation [b, c, h, w] of each sample's latent: as they are kept, or the VAE's."""
-    if batch.pixels is None:
+    pixels = batch.unencoded
+    if pixels is None:
         assert batch.latent_mean is not None and batch.latent_std is not None
         return batch.latent_mean, batch.latent_std
-    nn.Module.to(bundle.vae, batch.pixels.device)  # it may have waited on the CPU
-    made = bundle.family.encode(bundle, batch.pixels)
+    nn.Module.to(bundle.vae, pixels.device)  # it may have waited on the CPU
+    made = bundle.family.encode(bundle, pixels)
     if batch.latent_mean is None or batch.latent_std is None:
         return made
     kept = (batch.latent_mean, batch.latent_std)
@@ -162,14 +175,33 @@ class Noised(NamedTuple):
     """ᾱ_t, float64 [b], on the CPU."""
     host_timesteps: Tensor
     """`timesteps` on the CPU: reading them from a GPU would wait for it."""
+    beside: Tensor | None = None
+    """What the network is given beside z_t, [b, k, h, w]; None: nothing."""
 
     def rows(self, rows: list[int]) -> Noised:
         """Those of some samples."""
-        return Noised(*(part[rows] for part in self))
+        beside = None if self.beside is None else self.beside[rows]
+        times = (self.timesteps[rows], self.alpha_bar[rows], self.host_timesteps[rows])
+        return Noised(self.clean[rows], self.noise[rows], self.noisy[rows], *times, beside)
 
 
-def noised_latents(objective: Objective, bundle: ModelBundle, moments: tuple[Tensor, Tensor], draws: Draws) -> Noised:
-    """Sample the latents and add the draws' noise at their timesteps."""
+def beside_latents(bundle: ModelBundle, batch: Batch, words: Sequence[Sequence[int | str]]) -> Tensor | None:
+    """What the base's family puts beside the samples' z_t; each draws from a generator seeded by its own `words`."""
+    if not bundle.family.needs_pixels:
+        return None
+    assert batch.pixels is not None and len(batch.pixels) == len(batch.ids), "the data set does not keep pixels"
+    generators = [generator_for(*own, "beside") for own in words]
+    return bundle.family.beside(bundle, batch.pixels, batch.holes or [None] * len(batch.ids), generators)
+
+
+def noised_latents(
+    objective: Objective,
+    bundle: ModelBundle,
+    moments: tuple[Tensor, Tensor],
+    draws: Draws,
+    beside: Tensor | None = None,
+) -> Noised:
+    """Sample the latents and add the draws' noise at their timesteps. beside: as `Noised`'s."""
     mean, std = moments
     device, section = mean.device, objective.section
     noise, timesteps = draws.noise.to(device), draws.timesteps.to(device)
@@ -182,7 +214,7 @@ def noised_latents(objective: Objective, bundle: ModelBundle, moments: tuple[Ten
         seen = perturbed(noise, draws.perturbation.to(device), section.input_perturbation)
     alpha_bar = objective.alpha_bars[draws.timesteps]
     noisy = add_noise(clean, seen, alpha_bar.float().to(device))
-    return Noised(clean, noise, noisy, timesteps, alpha_bar, draws.timesteps)
+    return Noised(clean, noise, noisy, timesteps, alpha_bar, draws.timesteps, beside)
 
 
 def wanted_prediction(bundle: ModelBundle, noised: Noised) -> Tensor:
@@ -195,7 +227,7 @@ def sample_losses(
     objective: Objective, bundle: ModelBundle, noised: Noised, condition: Any, wanted: Tensor, masks: Tensor | None
 ) -> Tensor:
     """Weighted mean loss of each sample, float32 [b]. masks: as `Batch.masks`."""
-    prediction = bundle.family.predict(bundle, noised.noisy, noised.timesteps, condition)
+    prediction = bundle.family.predict(bundle, noised.noisy, noised.timesteps, condition, noised.beside)
     difference = prediction.float() - wanted
     threshold = _at(objective.thresholds, noised, difference)
     errors = elementwise_loss(objective.section.loss, difference, threshold)

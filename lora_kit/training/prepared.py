@@ -12,8 +12,8 @@ from torch import nn
 
 from lora_kit.data import TrainingSet, cache_latents
 from lora_kit.data.cache import DiskTexts
-from lora_kit.inference.sampling import vae_factor
 from lora_kit.models import ModelBundle
+from lora_kit.models.first_stage import vae_factor
 from lora_kit.progress import ProgressBar
 from lora_kit.recipe import Recipe
 from lora_kit.training.caching import ENCODE_BATCH, data_sets, fill_cache, open_cache
@@ -46,11 +46,11 @@ def prepare_data(
     factor = vae_factor(bundle)
     if recipe.data.cache == "disk":
         cache = open_cache(recipe, bundle, trains_text)
-        sets = data_sets(recipe, cache.hints, bar, factor)
+        sets = _told(data_sets(recipe, cache.hints, bar, factor, bundle.has_text), bundle)
         filled = [fill_cache(cache, data, bundle, accelerator, bar) for data in sets]
         texts, notices = tuple(one.texts for one in filled if one.texts is not None), tuple(cache.store.notices)
     else:
-        sets, texts, notices = data_sets(recipe, None, bar, factor), (), ()
+        sets, texts, notices = _told(data_sets(recipe, None, bar, factor, bundle.has_text), bundle), (), ()
         for data in sets:
             cache_latents(data, latent_encoder(bundle, accelerator.device), ENCODE_BATCH, bar)
     for data in sets:
@@ -69,7 +69,8 @@ def place_networks(
     home = cpu if sharded else device
     _move(bundle.unet, home)
     _move(bundle.vae, device if data.needs_vae else cpu)
-    _move(bundle.text_encoder, home if trains_text else cpu if data.texts else device)
+    if bundle.has_text:
+        _move(bundle.text_encoder, home if trains_text else cpu if data.texts else device)
 
 
 @contextmanager
@@ -88,6 +89,14 @@ def visiting(device: torch.device, *networks: nn.Module) -> Generator[None]:
 def _move(network: nn.Module, device: torch.device) -> None:
     if next(network.parameters()).device != device:
         network.to(device)
+
+
+def _told(sets: list[TrainingSet], bundle: ModelBundle) -> list[TrainingSet]:
+    """The sets, told what the base's family needs of pictures and masks."""
+    for data in sets:
+        data.keeps_pixels = bundle.family.needs_pixels
+        data.fills_masks = bundle.family.fills_masks
+    return sets
 
 
 def _tell_cut_captions(data: TrainingSet, bundle: ModelBundle) -> None:

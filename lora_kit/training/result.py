@@ -24,6 +24,7 @@ from lora_kit.adapters.formats.header import tool_version
 from lora_kit.adapters.token_files import write_embedding
 from lora_kit.files import sync_folder, sync_tree
 from lora_kit.models import pipeline
+from lora_kit.models.pipeline_index import parts_of
 from lora_kit.recipe.tokens import file_stem
 from lora_kit.targeting import plan_to_json
 from lora_kit.targeting.rates import rate_of_text_encoder
@@ -59,7 +60,7 @@ def _adapter_parts(run: Run, folder: RunFolder, marks: list[str], step: int) -> 
     written: list[Path] = []
     weights = run.average.describe(moving="ema" in marks)
     if run.has_adapter:
-        suffix = "" if run.recipe.save.format == "peft" else ".safetensors"
+        suffix = "" if run.layout == "peft" else ".safetensors"
         written.append(folder.root / f"{'.'.join(['adapter', *marks])}{suffix}")
     if run.tokens is not None:
         place = folder.root / ".".join(["embeddings", *marks])
@@ -132,7 +133,7 @@ def _write_adapter(run: Run, path: Path, step: int, weights: str) -> None:
     if run.quantised is not None:  # the hash is of the true base
         metadata["lora_kit.base_quantized"] = run.quantised.kind
     state = AdapterState(updates, dict(sorted(metadata.items())), embeddings)
-    write_adapter(path, state, run.recipe.save.format, _dtype(run))
+    write_adapter(path, state, run.layout, _dtype(run))
 
 
 def _caption_facts(run: Run) -> CaptionFacts:
@@ -166,11 +167,14 @@ def _write_model(run: Run, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     pipe = pipeline(replace(run.bundle, **networks))
-    # As read: not with the padding of the last batch.
-    pipe.tokenizer.backend_tokenizer.no_padding()
-    pipe.tokenizer.backend_tokenizer.no_truncation()
+    if run.bundle.has_text:
+        # As read: not with the padding of the last batch.
+        pipe.tokenizer.backend_tokenizer.no_padding()
+        pipe.tokenizer.backend_tokenizer.no_truncation()
     pipe.save_pretrained(temporary, safe_serialization=True)
-    _name_no_half_precision(temporary / "text_encoder" / "config.json")
+    if run.bundle.has_text:
+        folder = parts_of(run.bundle.family.pipeline_name)["text_encoder"].folder
+        _name_no_half_precision(temporary / folder / "config.json")
     sync_tree(temporary)
     if path.exists():
         shutil.rmtree(path)

@@ -10,22 +10,24 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lora_kit.adapters import RawAdapter, Update, fitted
+from lora_kit.adapters import RawAdapter, Update
 from lora_kit.errors import AdapterFileError
+from lora_kit.merging.other_family import fitted_to
 from lora_kit.targeting import ModuleInfo, Target, TargetPlan
 
 _SHOWN = 10
 
 
 def starting_updates(
-    path: Path, raw: RawAdapter, modules: Mapping[str, ModuleInfo], plan: TargetPlan
+    path: Path, raw: RawAdapter, modules: Mapping[str, ModuleInfo], plan: TargetPlan, family: str | None = None
 ) -> dict[str, Update]:
     """The file's updates for the plan's modules, in whatever precision they are stored.
 
-    raw: what `read_raw` made of `path`; modules: of the bare networks, by dotted name. Raises AdapterFileError for
-    another family's file, and with everything in which it and the plan disagree: modules, methods, ranks, alphas.
+    raw: what `read_raw` made of `path`; modules: of the bare networks, by dotted name; family: the base's.
+    Raises AdapterFileError for another family's file, and with everything in which it and the plan disagree: modules,
+    methods, ranks, alphas.
     """
-    state = fitted(path, raw, modules)
+    state = fitted_to(path, raw, modules, "the recipe's base", family)
     problems = list(_disagreements(state.updates, {target.module.name: target for target in plan.targets}))
     if state.embeddings:
         problems.append(f"it comes with learned tokens ({', '.join(state.embeddings)}), which would be lost")

@@ -19,6 +19,7 @@ from lora_kit.training.conditions import Conditions
 from lora_kit.training.objective import (
     Noised,
     Objective,
+    beside_latents,
     draw,
     latent_moments,
     noised_latents,
@@ -95,9 +96,11 @@ def _backward(learner: Learner, batch: Batch, step: int) -> Tensor:
     torch.manual_seed(seed_for(learner.seed, "dropout", step, int(batch.positions[0])))
     with torch.no_grad():
         moments = latent_moments(learner.bundle, batch)
+        words = [(learner.seed, step, position) for position in batch.positions.tolist()]
+        beside = beside_latents(learner.bundle, batch, words)
     draws = draw(learner.objective, learner.seed, step, batch, moments[0].shape[1:])
     with learner.accelerator.autocast():
-        noised = noised_latents(learner.objective, learner.bundle, moments, draws)
+        noised = noised_latents(learner.objective, learner.bundle, moments, draws, beside)
         wanted = wanted_prediction(learner.bundle, noised)
         if batch.from_base:
             wanted[batch.from_base] = base_prediction(learner, batch, noised)
@@ -114,7 +117,7 @@ def base_prediction(learner: Learner, batch: Batch, noised: Noised) -> Tensor:
     rows = noised.rows(batch.from_base)
     with without_adapters(learner.bundle.components):
         condition = learner.conditions([batch.captions[row] for row in batch.from_base])
-        return learner.bundle.family.predict(learner.bundle, rows.noisy, rows.timesteps, condition).float()
+        return learner.bundle.family.predict(learner.bundle, rows.noisy, rows.timesteps, condition, rows.beside).float()
 
 
 def _backward_nothing(learner: Learner) -> Tensor:

@@ -11,9 +11,11 @@ from lora_kit.training.build import Run
 from lora_kit.training.checkpoints import Progress
 from lora_kit.training.drawing import draw_at, draw_final, draw_step, save_picture
 from lora_kit.training.figures import mean_saturation, retrieval
+from lora_kit.training.filling import draw_filled
 from lora_kit.training.folder import RunFolder
 from lora_kit.training.measuring import Base, Measured, measure
 from lora_kit.training.metrics import Metrics
+from lora_kit.training.restoring import final_restoring, restores, restoring_figures
 from lora_kit.training.verdict import reason_to_stop, verdict
 
 
@@ -22,7 +24,11 @@ def validate(run: Run, folder: RunFolder, metrics: Metrics, step: int, base: Bas
     with run.average.applied():
         if run.recipe.validation.prompts:
             draw_step(run, folder, metrics, step)
+        draw_filled(run, folder, metrics, step)
         measured = measure(run, base, is_base=step == 0 and run.start is None)
+        if restores(run):
+            found = restoring_figures(run, folder, metrics, step)
+            measured = measured._replace(figures=measured.figures | found)
     if measured.figures:
         metrics.log(step, measured.figures)
     metrics.restart_clock(step)
@@ -44,6 +50,9 @@ def finish(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress, st
     with run.average.applied():
         if section.prompts:
             draw_final(run, folder, metrics, [int(entry["step"]) for entry in progress.history])
+        if restores(run):
+            result |= final_restoring(run, folder, metrics, step)
+        draw_filled(run, folder, metrics, step, final=True)
         if section.retrieval:
             result |= _style_and_subject(run, folder)
     write_text(folder.root / "result.json", json.dumps(result, indent=1) + "\n")

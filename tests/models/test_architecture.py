@@ -76,7 +76,7 @@ def _from_skeleton(section: ModelSection) -> Outline:
     bundle = skeleton(section)
     networks = {**bundle.components, "vae": bundle.vae}
     sizes = {name: sum(weight.numel() for weight in network.parameters()) for name, network in networks.items()}
-    return Outline(module_tree(bundle.components), sizes, bundle.prediction_type, 1000)
+    return Outline(module_tree(bundle.components), sizes, bundle.prediction_type, 1000, bundle.family.name)
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def no_skeleton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_skeleton")
-@pytest.mark.parametrize("folder", ["tiny_sd1_folder", "tiny_sd2_folder"])
+@pytest.mark.parametrize("folder", ["tiny_sd1_folder", "tiny_sd2_folder", "tiny_inpainting_folder"])
 def test_outline_of_a_folder_is_the_skeletons(folder: str, request: pytest.FixtureRequest) -> None:
     section = ModelSection(base=str(request.getfixturevalue(folder)))
     assert read_outline(section) == _from_skeleton(section)

@@ -138,7 +138,7 @@ UNET_FILE, TEXT_FILE = "unet/diffusion_pytorch_model.safetensors", "text_encoder
         (_cut(TEXT_FILE), "its text_encoder cannot be read"),
         (_drop_tensor(UNET_FILE, "conv_in.bias"), r"unet .*conv_in\.bias"),
         (_drop_tensor(TEXT_FILE, "final_layer_norm.bias"), r"text_encoder lacks final_layer_norm\.bias"),
-        (_edit("unet/config.json", in_channels=9), "an inpainting model"),
+        (_edit("unet/config.json", in_channels=5), "a depth-to-image model"),
         (_edit("unet/config.json", cross_attention_dim=64), "attends to text states of width 64"),
         (_edit("unet/config.json", block_out_channels=[64, 64]), "unet"),
         (_edit("text_encoder/config.json", intermediate_size=128), "text_encoder"),

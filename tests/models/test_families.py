@@ -8,6 +8,7 @@ from diffusers import StableDiffusionPipeline
 
 from lora_kit.errors import ModelError
 from lora_kit.models import ModelBundle, base_hash, load_bundle, pipeline, scheduler_named, skeleton
+from lora_kit.models.pipelines import SCHEDULERS
 from lora_kit.recipe.sections import ModelSection
 
 CAPTIONS = ["red apple", ""]
@@ -99,7 +100,7 @@ def test_the_pipeline_predicts_what_the_bundle_says(tiny_sd1_folder: Path) -> No
     assert pipeline(bundle).scheduler.config.prediction_type == "v_prediction"
 
 
-@pytest.mark.parametrize("name", ["ddim", "dpm++", "euler", "pndm"])
+@pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_sampler_keeps_the_bases_schedule(name: str, bundle: ModelBundle) -> None:
     scheduler = scheduler_named(name, bundle.scheduler_config)
     wanted = torch.linspace(0.00085**0.5, 0.012**0.5, 1000).square()
@@ -113,7 +114,7 @@ def test_latents_are_never_clipped_where_the_config_is_silent() -> None:
 
 
 def test_an_unknown_sampler_is_named_with_the_known_ones() -> None:
-    with pytest.raises(ModelError, match=r"'dpm\+'; known are ddim, dpm\+\+, euler, pndm\. Did you mean dpm\+\+"):
+    with pytest.raises(ModelError, match=r"'dpm\+'; known are ddim, ddpm, dpm\+\+, .*, unipc\. Did you mean dpm\+\+"):
         scheduler_named("dpm+", {})
 
 

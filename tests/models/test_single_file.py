@@ -136,6 +136,21 @@ def test_fresh_weights_come_from_the_seed_and_the_vae_keeps_its_own(files: Path)
     assert all(torch.equal(tensor, kept[name]) for name, tensor in first.vae.state_dict().items())
 
 
+def test_linear_projections_of_v2_held_as_1x1_convolutions(
+    files: Path, checkpoints: dict[int, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    """As some converters wrote them: the same network."""
+    pointwise = {
+        name: tensor[:, :, None, None].contiguous() if ".proj_" in name and tensor.ndim == 2 else tensor
+        for name, tensor in checkpoints[2].items()
+    }
+    assert sum(tensor.ndim == 4 for tensor in pointwise.values()) > sum(t.ndim == 4 for t in checkpoints[2].values())
+    save_file(pointwise, tmp_path / "sd2.safetensors")
+    bundle = _load(files, 2, base=str(tmp_path / "sd2.safetensors"))
+    assert bundle.family.name == "sd2"
+    assert base_hash(bundle) == base_hash(_load(files, 2))
+
+
 def test_v2_pads_captions_with_token_zero(files: Path) -> None:
     tokenizer: Any = _load(files, 2).tokenizer
     assert tokenizer([""], padding="max_length").input_ids[0][2:] == [0] * 75
@@ -193,7 +208,7 @@ def _file_with(path: Path, changed: dict[str, Tensor | None]) -> ModelSection:
         ({"somebody.else": torch.zeros(1)}, r"holds somebody\.else"),
         ({"first_stage_model.encoder.mid.attn_1.x.weight": torch.zeros(1)}, r"attn_1\.x\.weight"),
         ({"model.diffusion_model.time_embed.0.bias": torch.zeros(3)}, r"time_embedding\.linear_1\.bias .*\[3\]"),
-        ({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(32, 9, 3, 3)}, "an inpainting model"),
+        ({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(32, 5, 3, 3)}, "a depth-to-image model"),
         ({"conditioner.embedders.0.x": torch.zeros(1)}, "a Stable Diffusion XL checkpoint"),
     ],
 )

@@ -22,6 +22,14 @@ from lora_kit.training.result import SAVE_DTYPES
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 NAMES = [path.stem for path in RECIPES]
+PLAIN = "tiny_sd1_folder"
+SMALL = {
+    "2-1": "tiny_sd2_folder",
+    "inpainting": "tiny_inpainting_folder",
+    "ldm-text2im": "tiny_text2im_folder",
+    "super-resolution": "tiny_super_resolution_folder",
+}
+"""What a recipe's base is called → the small one of its kind."""
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +47,7 @@ def beside_its_pictures(tmp_path, picture_folder):
         place.mkdir()
         document = yaml.safe_load(recipe.read_text())
         named = [*document["data"]["sources"], document.get("validation", {}).get("held_out")]
-        for source in filter(None, named):
+        for source in (one for one in named if one and "path" in one):
             folder = place / source["path"]
             folder.parent.mkdir(parents=True, exist_ok=True)
             folder.symlink_to(ROOT / "recipes" / source["path"] if "/" in source["path"] else picture_folder)
@@ -64,13 +72,11 @@ def test_it_opens_with_a_launch_line_of_itself(recipe):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=NAMES)
-def test_it_trains_two_steps_and_the_result_can_be_loaded(
-    recipe, beside_its_pictures, tiny_sd1_folder, tiny_sd2_folder, tmp_path, monkeypatch
-):
+def test_it_trains_two_steps_and_the_result_can_be_loaded(recipe, beside_its_pictures, tmp_path, monkeypatch, request):
     monkeypatch.setenv("LORA_KIT_CACHE", str(tmp_path / "cache"))
     copy = beside_its_pictures(recipe)
     as_written = load_recipe(copy)
-    base = tiny_sd2_folder if "2-1" in as_written.model.base else tiny_sd1_folder
+    base = request.getfixturevalue(next((name for mark, name in SMALL.items() if mark in as_written.model.base), PLAIN))
     small = [f"model.base={base}", "data.resolution=16", "data.batch_size=2", "data.workers=0", "train.max_steps=2"]
     small += ["train.mixed_precision=no", "train.log_every=1", "validation.steps=1", "validation.retrieval=false"]
     small += [f"data.cache_dir={tmp_path / 'cache'}", f"output_dir={tmp_path / 'run'}", "schedule.warmup_steps=0"]

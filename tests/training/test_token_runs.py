@@ -59,6 +59,24 @@ def test_plain_textual_inversion_writes_what_diffusers_loads(
     assert torch.equal(table[ids], embedding.vectors)
 
 
+def test_ldm_learns_words_too(make_recipe: MakeRecipe, tiny_text2im_folder: Path) -> None:
+    random = 'tokens=[{token: "<toy>", vectors: 2}]'
+    recipe = make_recipe(*PLAIN, random, "data.resolution=32", "train.max_steps=2", base=tiny_text2im_folder)
+    outcome = train(recipe)
+    (begun,) = start_tokens(load_bundle(recipe.model), recipe.tokens, recipe.seed).embeddings()
+    learned = read_embedding(outcome.path)
+    assert bool((learned.vectors != begun.vectors).any(dim=1).all())
+    prepared = prepare(str(tiny_text2im_folder), [], torch.float32, embeddings=[learned])
+    with torch.no_grad():
+        said, unsaid = (prepared.bundle.family.condition(prepared.bundle, [text]) for text in ("a <toy>", "a toy"))
+    assert not torch.equal(said, unsaid)
+
+
+def test_a_base_without_text_learns_no_words(make_recipe: MakeRecipe, tiny_super_resolution_folder: Path) -> None:
+    with pytest.raises(LoraKitError, match="tokens: is about text, and this base reads none"):
+        train(make_recipe(TOKENS, "targets=none", base=tiny_super_resolution_folder))
+
+
 @torch.no_grad()
 def test_a_prompt_with_the_token_is_encoded_as_diffusers_does(make_recipe: MakeRecipe, tiny_sd1_folder: Path) -> None:
     with torch.enable_grad():

@@ -17,6 +17,29 @@ from lora_kit.errors import AdapterFileError, did_you_mean
 from lora_kit.targeting.modules import ModuleInfo
 
 SHOWN = 40
+SHOWN_SHORT = 3
+HINTED = 5
+
+
+class MisfitError(AdapterFileError):
+    """A file's tensors do not fit the model."""
+
+    def __init__(self, path: Path, shapes: list[str], others: list[str]) -> None:
+        """The problems with modules that are there (their shapes, first of all), and the others."""
+        self._path, self._problems = path, [*shapes, *others]
+        super().__init__(self._told(SHOWN))
+
+    def short(self) -> str:
+        """The first problems alone, for a file that belongs to another model altogether."""
+        return self._told(SHOWN_SHORT)
+
+    def _told(self, shown: int) -> str:
+        problems = self._problems
+        lines = [f"{self._path} does not fit the model ({len(problems)} problems); nothing was loaded:"]
+        lines += [f"  {problem}" for problem in problems[:shown]]
+        if len(problems) > shown:
+            lines.append(f"  … and {len(problems) - shown} more")
+        return "\n".join(lines)
 
 
 class Split(NamedTuple):
@@ -49,17 +72,17 @@ def split(layout: Layout, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
 def fit(path: Path, layout: Layout, parts: Split, modules: Mapping[str, ModuleInfo]) -> dict[str, Update]:
     """The updates under the model's dotted names, as stored, in the model's order and shapes.
 
-    Raises one AdapterFileError that lists every unknown key, missing part, wrong shape and non-finite value.
+    Raises one MisfitError that lists every wrong shape, non-finite value, missing part and unknown key.
     """
+    shapes: list[str] = []
     problems = [f"{key}: unknown key" for key in parts.unknown]
+    unknown: list[str] = []
     spellings = layout.spellings(modules)
     found: dict[str, Update] = {}
     for spelling, raw in sorted(parts.updates.items()):
         name = spellings.get(spelling)
         if name is None:
-            # A guess costs a comparison with every name, so only those that will be read get one.
-            hint = did_you_mean(spelling, spellings) if len(problems) < SHOWN else ""
-            problems.append(f"{spelling}: no such module in the model.{hint}")
+            unknown.append(spelling)
             continue
         if name in found:
             problems.append(f"{spelling}: {name} is in the file twice, under two spellings")
@@ -67,18 +90,14 @@ def fit(path: Path, layout: Layout, parts: Split, modules: Mapping[str, ModuleIn
         try:
             found[name] = _built(raw, modules[name])
         except AdapterFileError as error:
-            problems.append(f"{spelling}: {error}")
-    if problems:
-        raise AdapterFileError(_message(path, problems))
+            shapes.append(f"{spelling}: {error}")
+    for index, spelling in enumerate(unknown):
+        # A guess costs a comparison with every name, so only some that will be read get one.
+        hint = did_you_mean(spelling, spellings) if index < HINTED and len(shapes) < SHOWN else ""
+        problems.append(f"{spelling}: no such module in the model.{hint}")
+    if shapes or problems:
+        raise MisfitError(path, shapes, problems)
     return {name: found[name] for name in modules if name in found}
-
-
-def _message(path: Path, problems: list[str]) -> str:
-    lines = [f"{path} does not fit the model ({len(problems)} problems); nothing was loaded:"]
-    lines += [f"  {problem}" for problem in problems[:SHOWN]]
-    if len(problems) > SHOWN:
-        lines.append(f"  … and {len(problems) - SHOWN} more")
-    return "\n".join(lines)
 
 
 def _built(raw: RawUpdate, module: ModuleInfo) -> Update:

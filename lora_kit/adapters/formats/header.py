@@ -20,6 +20,9 @@ _BASES = {
     ("sd2", False): ("sd_v2", "stable-diffusion-v2-512/lora"),
     ("sd2", True): ("sd_v2_v", "stable-diffusion-v2-768-v/lora"),
 }
+INPAINTING = "-inpainting"
+"""Behind a family's name. Other tools know no name for these: the file is loaded as the plain family's, whose module
+names it has; `lora_kit.family` tells them apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +90,7 @@ def _ss(facts: TrainingFacts) -> dict[str, str]:
     sd_name, _ = _base_names(facts)
     values: dict[str, object] = {
         "ss_base_model_version": sd_name,
-        "ss_v2": facts.family == "sd2",
+        "ss_v2": facts.family.removesuffix(INPAINTING) == "sd2",
         "ss_sd_model_name": facts.base_name,
         **_network(facts.methods),
         "ss_network_dim": facts.rank,
@@ -153,8 +156,13 @@ def _own(facts: TrainingFacts) -> dict[str, str]:
 
 
 def _base_names(facts: TrainingFacts) -> tuple[str, str]:
-    key = (facts.family, facts.prediction_type == "v_prediction")
-    return _BASES.get(key, (facts.family, f"{facts.family}/lora"))
+    return base_names(facts.family, facts.prediction_type == "v_prediction")
+
+
+def base_names(family: str, predicts_v: bool) -> tuple[str, str]:
+    """sd-scripts' name of the base, and the ModelSpec's architecture; an inpainting model's are its generation's, and
+    other families' their name as it is."""
+    return _BASES.get((family.removesuffix(INPAINTING), predicts_v), (family, f"{family}/lora"))
 
 
 def tool_version() -> str:

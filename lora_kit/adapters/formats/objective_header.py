@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from lora_kit.errors import AdapterFileError
-from lora_kit.recipe import ObjectiveSection
+
+if TYPE_CHECKING:
+    from lora_kit.recipe import ObjectiveSection
 
 SCHEDULER_KEY = "lora_kit.scheduler"
 
@@ -38,6 +40,8 @@ def objective_metadata(section: ObjectiveSection, scheduler: Mapping[str, Any]) 
 
     scheduler: what a sampler's config must have beyond the base's own.
     """
+    from lora_kit.recipe import ObjectiveSection  # here: a merge reads headers and needs no recipe
+
     defaults = ObjectiveSection()
     values: dict[str, object] = {
         name: getattr(section, field)
@@ -66,9 +70,26 @@ def trained_schedule(file: str, metadata: Mapping[str, str]) -> TrainedSchedule:
     if SCHEDULER_KEY in metadata:
         own = _own_scheduler(file, metadata[SCHEDULER_KEY])
         return TrainedSchedule(own.get("prediction_type"), bool(own.get("rescale_betas_zero_snr")), binding=True)
-    told = _MODELSPEC_PREDICTIONS.get(metadata.get("modelspec.prediction_type", ""))
+    told = _MODELSPEC_PREDICTIONS.get(metadata.get("modelspec.prediction_type", "")) or _by_sd_scripts(metadata)
     zero = metadata.get("ss_zero_terminal_snr") == "True"
     return TrainedSchedule(told, zero, binding=zero)
+
+
+def schedule_differences(trained: TrainedSchedule, prediction_type: str | None, zero_terminal_snr: bool) -> list[str]:
+    """In which a base of this schedule (prediction type None: it does not say) is another than the file's, in words
+    that follow "was trained"."""
+    found: list[str] = []
+    if trained.prediction_type not in (None, prediction_type):
+        found.append(f"to predict {trained.prediction_type}")
+    if trained.zero_terminal_snr and not zero_terminal_snr:
+        found.append("with zero terminal SNR")
+    return found
+
+
+def _by_sd_scripts(metadata: Mapping[str, str]) -> str | None:
+    """sd-scripts' name of the base: `sd_v1`, `sd_v2`, and `_v` behind it for --v_parameterization."""
+    version = metadata.get("ss_base_model_version", "")
+    return {"sd_v1": "epsilon", "sd_v2": "epsilon", "sd_v1_v": "v_prediction", "sd_v2_v": "v_prediction"}.get(version)
 
 
 def _own_scheduler(file: str, text: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from lora_kit.data.sources.source import (
     inner_path,
     picture_opener,
 )
-from lora_kit.data.sources.texts import texts_in
+from lora_kit.data.sources.texts import as_needed, texts_in
 from lora_kit.errors import DataError
 
 
@@ -84,7 +84,8 @@ def _kept_rows(place: Place, name: str, table: Table) -> list[int]:
     where, columns = place.section.where, table.columns
     if table.rows:
         require_column("file_name", columns, place.origin, f"{name} must name the pictures in it")
-        require_column(place.section.caption_column, columns, place.origin, "caption_column")
+        if place.section.reads_captions:
+            require_column(place.section.caption_column, columns, place.origin, "caption_column")
     if table.rows and place.section.mask_column is not None:
         require_column(place.section.mask_column, columns, place.origin, "mask_column")
     for column in where:
@@ -107,7 +108,8 @@ def _table_record(place: Place, row: Row, present: Collection[str], links: Links
     if links.leave(inner):
         return Flaw(record_id, f"a link leads out of the data folder {folder}; put the picture itself there")
     missed = f"{row.id} has no {place.section.caption_column!r}"
-    texts = texts_in(row.cells.get(place.section.caption_column), missed, place.section.caption_fallback)
+    found = texts_in(row.cells.get(place.section.caption_column), missed, place.section.caption_fallback)
+    texts = as_needed(place.section, found)
     if isinstance(texts, str):
         return Flaw(record_id, texts)
     record = place.record(inner, texts, picture_opener(folder, inner))

@@ -13,7 +13,7 @@ from lora_kit.data.sources.filters import matching_rows, require_column
 from lora_kit.data.sources.masks import tell_masks
 from lora_kit.data.sources.source import Found, Place
 from lora_kit.data.sources.stream import read_stream
-from lora_kit.data.sources.texts import texts_in
+from lora_kit.data.sources.texts import as_needed, texts_in
 from lora_kit.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ def read_hub(place: Place, saved: bool = False) -> Found:
     table = _load_saved(place) if saved else _load(place)
     section, columns = place.section, table.column_names
     require_column(section.image_column, columns, place.origin, "image_column")
-    require_column(section.caption_column, columns, place.origin, "caption_column")
+    if section.reads_captions:
+        require_column(section.caption_column, columns, place.origin, "caption_column")
     if section.mask_column is not None:
         require_column(section.mask_column, columns, place.origin, "mask_column")
     for name in section.where:
@@ -47,7 +48,7 @@ def read_hub(place: Place, saved: bool = False) -> Found:
     kept = matching_rows(section.where, len(table), lambda name: table[name][:], place.origin)
     pictures = _undecoded(table, section.image_column)
     masks = _undecoded(table, section.mask_column) if section.mask_column is not None else None
-    captions = table[section.caption_column][:]
+    captions = table[section.caption_column][:] if section.caption_column in columns else [None] * len(table)
     found = Found(kind=_kind(place, saved))
     folder = place.path if place.path is None or place.path.is_dir() else place.path.parent
     for row in kept:
@@ -86,7 +87,8 @@ def _is_empty(table: Dataset, row: int) -> bool:
 
 def _record(place: Place, cell: Cell, caption: object) -> Record | Flaw:
     inner, section = f"row-{cell.row}", place.section
-    texts = texts_in(caption, f"column {section.caption_column!r} is empty", section.caption_fallback)
+    found = texts_in(caption, f"column {section.caption_column!r} is empty", section.caption_fallback)
+    texts = as_needed(section, found)
     if isinstance(texts, str):
         return Flaw(f"{place.label}/{inner}", texts)
     return place.record(inner, texts, partial(open_cell, *cell))

@@ -19,7 +19,7 @@ from PIL import Image
 from lora_kit.data.records import Flaw, Record, name_some
 from lora_kit.data.sources.masks import part_masks, tell_masks
 from lora_kit.data.sources.source import PICTURE_SUFFIXES, Found, Place, inner_path
-from lora_kit.data.sources.texts import sidecar_suffixes, sidecar_texts
+from lora_kit.data.sources.texts import as_needed, sidecar_suffixes, sidecar_texts
 from lora_kit.errors import DataError
 
 SHARD_SUFFIX = ".tar"
@@ -119,7 +119,7 @@ def _record(place: Place, sample: _Sample, file: BinaryIO) -> Record | Flaw:
         return file.read(span.size)
 
     present = [f"{sample.key}.{ending}" for ending in sample.spans]
-    texts = sidecar_texts(place.section, sample.key, present, read)
+    texts = as_needed(place.section, sidecar_texts(place.section, sample.key, present, read))
     if isinstance(texts, str):
         return Flaw(f"{place.label}/{inner}", texts)
     return place.record(inner, texts, partial(open_span, *sample.spans[sample.pictures[0]]))

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from lora_kit.data.records import Flaw, Record, name_some
 from lora_kit.data.sources.metadata import METADATA_NAMES
 from lora_kit.data.sources.source import PICTURE_SUFFIXES, Found, Place, has_suffix, picture_opener
-from lora_kit.data.sources.texts import JSON_SUFFIX, TEXT_SUFFIXES, sidecar_suffixes, sidecar_texts
+from lora_kit.data.sources.texts import JSON_SUFFIX, TEXT_SUFFIXES, as_needed, sidecar_suffixes, sidecar_texts
 from lora_kit.errors import DataError
 
 
@@ -40,7 +40,8 @@ def _refuse_nested_tables(place: Place, files: Sequence[str]) -> None:
 
 
 def _record(place: Place, folder: Path, name: str, present: Collection[str]) -> Record | Flaw:
-    texts = sidecar_texts(place.section, _stem(name), present, partial(_read, str(folder)))
+    found = sidecar_texts(place.section, _stem(name), present, partial(_read, str(folder)))
+    texts = as_needed(place.section, found)
     if isinstance(texts, str):
         return Flaw(f"{place.label}/{name}", texts)
     return place.record(name, texts, picture_opener(folder, name))

@@ -44,6 +44,11 @@ def texts_in(cell: object, empty: str, fallback: str | None = None) -> Result:
     return Texts(captions[0], tuple(captions))
 
 
+def as_needed(section: SourceSection, result: Result) -> Result:
+    """The result; where captions are not read, a missing or broken one is as good as an empty one."""
+    return result if section.reads_captions or isinstance(result, Texts) else Texts("")
+
+
 def sidecar_suffixes(section: SourceSection) -> tuple[str, ...]:
     """What caption files beside pictures may end in; the first ones go before `.json`."""
     return (section.caption_suffix,) if section.caption_suffix else (*TEXT_SUFFIXES, JSON_SUFFIX)

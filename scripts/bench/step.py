@@ -1,0 +1,155 @@
+"""A LoRA step at Stable Diffusion's size beside its floor: the frozen network's forward, and backward to activations.
+
+    python scripts/bench/step.py [--bases sd1,sd2] [--pixels 256] [--targets attention,all-linear,all] [--rounds 7]
+    python scripts/bench/step.py --quick        does it run at all? Its figures mean nothing
+
+The UNet is built from the published config with random weights, in bf16, channels last. In turn, `rounds` times: the
+floor (adapters off, latents that want a gradient), PEFT's own layers, and ours, each with fp32 factors of rank 16,
+clipping and AdamW. Medians; the ratios are of each round's own three.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import UNet2DConditionModel
+from peft.tuners.lora import Conv2d, Linear
+from torch import Tensor, nn
+
+from lora_kit.adapters import inject, set_scale
+from lora_kit.adapters.joined import JoinedConv2d, JoinedLinear
+from lora_kit.recipe import PresetRules
+from lora_kit.targeting import make_plan, module_tree
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "sd1": {"cross_attention_dim": 768, "attention_head_dim": 8},
+    "sd2": {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True},
+}
+SMALL = {"block_out_channels": [32, 64, 64, 64], "norm_num_groups": 8}
+
+
+class Inputs(NamedTuple):
+    """Of one step."""
+
+    latents: Tensor
+    time: Tensor
+    states: Tensor
+    wanted: Tensor
+
+
+class Times(NamedTuple):
+    """Seconds of each round."""
+
+    floor: list[float]
+    peft: list[float]
+    joined: list[float]
+
+    def ratio(self, name: str) -> float:
+        """Median over rounds of the step's time over the floor's."""
+        return statistics.median(a / b for a, b in zip(getattr(self, name), self.floor, strict=True))
+
+
+def main() -> None:
+    options = _options()
+    print("| base | pixels | targets | modules | floor, s | PEFT | joined | joined / PEFT |")
+    print("|---|---|---|---|---|---|---|---|")
+    for base in options.bases.split(","):
+        for preset in options.targets.split(","):
+            network = _network(base, options.quick)
+            modules = _adapt(network, preset)
+            times = measure(network, _inputs(base, options), options.rounds)
+            floor, peft, joined = statistics.median(times.floor), times.ratio("peft"), times.ratio("joined")
+            row = (base, options.pixels, preset, modules, f"{floor:.3f}", f"{peft:.3f}", f"{joined:.3f}")
+            print("| " + " | ".join(map(str, row)) + f" | {joined / peft:.3f} |", flush=True)
+            del network
+
+
+def measure(network: nn.Module, inputs: Inputs, rounds: int) -> Times:
+    """All three by turns; the first round is not counted."""
+    trainable = [weight for weight in network.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-5, fused=True)
+
+    def train() -> None:
+        _forward_backward(network, inputs)
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def floor() -> None:
+        _forward_backward(network, inputs._replace(latents=inputs.latents.detach().requires_grad_()))
+
+    components = {"unet": network}
+    found = Times([], [], [])
+    for index in range(rounds + 1):
+        set_scale(components, {})
+        seconds = [_timed(floor)]
+        set_scale(components, {"default": 1.0})
+        for joins in (False, True):
+            _swap(network, joins)
+            seconds.append(_timed(train))
+        for own, value in zip(found, seconds, strict=True):
+            own.extend([value] if index else [])
+    return found
+
+
+def _forward_backward(network: nn.Module, inputs: Inputs) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        predicted = network(inputs.latents, inputs.time, inputs.states).sample
+    (predicted.float() - inputs.wanted).square().mean().backward()
+
+
+def _timed(work: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def _swap(network: nn.Module, joins: bool) -> None:
+    """PEFT's forward, or ours, over the same parameters."""
+    for module in network.modules():
+        if isinstance(module, Linear):
+            module.__class__ = JoinedLinear if joins else Linear
+        elif isinstance(module, Conv2d):
+            module.__class__ = JoinedConv2d if joins else Conv2d
+
+
+def _network(base: str, quick: bool) -> nn.Module:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        network: Any = UNet2DConditionModel(**{**CONFIGS[base], **(SMALL if quick else {})})
+    return network.to(torch.bfloat16).to(memory_format=torch.channels_last).requires_grad_(False)
+
+
+def _adapt(network: nn.Module, preset: str) -> int:
+    components = {"unet": network}
+    plan = make_plan(PresetRules.model_validate({"preset": preset, "rank": 16}), module_tree(components))
+    inject(components, plan)
+    return len(plan.targets)
+
+
+def _inputs(base: str, options: argparse.Namespace) -> Inputs:
+    torch.manual_seed(1)
+    side, batch = options.pixels // 8, options.batch
+    latents = torch.randn(batch, 4, side, side).to(torch.bfloat16).to(memory_format=torch.channels_last)
+    states = torch.randn(batch, 77, CONFIGS[base]["cross_attention_dim"]).to(torch.bfloat16)
+    return Inputs(latents, torch.full((batch,), 500), states, torch.randn(batch, 4, side, side))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bases", default="sd1,sd2")
+    parser.add_argument("--pixels", type=int, default=256)
+    parser.add_argument("--targets", default="attention,all-linear,all")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="a toy network")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

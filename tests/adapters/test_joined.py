@@ -1,0 +1,195 @@
+"""The joined layer against PEFT's own forward: values, gradients, and when it steps aside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft.tuners.lora import Conv2d, Linear
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lora_kit.adapters import inject, joined, set_scale
+from lora_kit.adapters.layers import live_layers
+from lora_kit.recipe import TargetRule
+from lora_kit.targeting import make_plan, module_tree
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(24, 40),
+    "no bias": lambda: nn.Linear(24, 40, bias=False),
+    "3x3": lambda: nn.Conv2d(24, 40, 3, padding=1),
+    "strided": lambda: nn.Conv2d(24, 40, 3, stride=2, padding=1),
+    "1x1": lambda: nn.Conv2d(24, 40, 1),
+}
+RANK = 4
+
+
+def adapted(kind: str, dtype: torch.dtype, layout: torch.memory_format, **rule: Any) -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"layer": LAYERS[kind]()}).requires_grad_(False).to(dtype=dtype)
+    net = net.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
+    components: dict[str, nn.Module] = {"unet": net}
+    plan = make_plan(
+        [TargetRule.model_validate({"match": "unet.**", "rank": RANK, "alpha": 6} | rule)], module_tree(components)
+    )
+    inject(components, plan)
+    layer: Any = next(iter(live_layers(components).values())).lora
+    with torch.no_grad():
+        layer.get_submodule("lora_B.default").weight.normal_()
+    return components
+
+
+def inputs(kind: str, dtype: torch.dtype) -> Tensor:
+    shape = (3, 7, 24) if kind in ("linear", "no bias") else (3, 24, 9, 6)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+
+
+def results(components: dict[str, nn.Module], x: Tensor, peft: bool, autocast: bool = False) -> dict[str, Tensor]:
+    """Output and all gradients, by our forward or by PEFT's."""
+    layer: Any = next(iter(live_layers(components).values())).lora
+    ours: Any = Linear if isinstance(layer, Linear) else Conv2d
+    x = x.detach().clone().requires_grad_()
+    layer.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = ours.forward(layer, x) if peft else layer(x)
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.dtype)
+    (y.float() * weights.float()).sum().backward()
+    assert x.grad is not None
+    found = {"y": y.detach(), "dx": x.grad}
+    found |= {name: one.grad for name, one in layer.named_parameters() if one.grad is not None}
+    return {name: one.double() for name, one in found.items()}
+
+
+def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, float]:
+    assert a.keys() == b.keys() and len(a) == 4
+    return {name: float((a[name] - b[name]).norm() / b[name].norm()) for name in a}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_fp32_is_pefts_within_rounding(kind: str, layout: torch.memory_format) -> None:
+    components = adapted(kind, torch.float32, layout)
+    x = inputs(kind, torch.float32)
+    if x.ndim == 4:
+        x = x.detach().to(memory_format=layout)
+    off = difference(results(components, x, peft=False), results(components, x, peft=True))
+    # Sums of at most 24·9 products, in another order: each result is off by that many roundings at most.
+    assert max(off.values()) < 24 * 9 * torch.finfo(torch.float32).eps
+    assert any(value > 0 for value in off.values()) or kind == "no bias"  # it was another computation
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_bf16_is_at_least_as_near_to_the_truth_as_peft_is(kind: str) -> None:
+    components = adapted(kind, torch.bfloat16, torch.channels_last)
+    x = inputs(kind, torch.bfloat16)
+    ours, theirs = (results(components, x, peft, autocast=True) for peft in (False, True))
+    exact = adapted(kind, torch.bfloat16, torch.channels_last)
+    exact["unet"].double()
+    truth = results(exact, x.double(), peft=True)
+    near, far = difference(ours, truth), difference(theirs, truth)
+    for name in near:
+        # PEFT rounds factors, products and the sum apart, we the factors, the inner product and the sum.
+        assert near[name] < max(1.5 * far[name], 4 * torch.finfo(torch.bfloat16).eps), (name, near, far)
+
+
+def test_gradcheck_of_both_functions() -> None:
+    chance = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=chance, dtype=torch.float64).requires_grad_()
+
+    weight = draw(5, 4).detach()
+    module: Any = joined
+    linear = module._Linear.apply
+    assert torch.autograd.gradcheck(
+        lambda x, a, b: linear(x, weight, None, a, b, 0.7), (draw(2, 3, 4), draw(2, 4), draw(5, 2))
+    )
+    kernel, conv = draw(5, 4, 3, 3).detach(), module._Conv.apply
+    window = ((2, 2), (1, 1))
+    assert torch.autograd.gradcheck(
+        lambda x, a, b: conv(x, kernel, None, a, b, 0.7, window), (draw(2, 4, 5, 5), draw(2, 4, 3, 3), draw(5, 2, 1, 1))
+    )
+
+
+def is_joined(components: dict[str, nn.Module], x: Tensor, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the layer's forward went our way."""
+    used: list[bool] = []
+    for name in ("_Linear", "_Conv"):
+        function = getattr(joined, name)
+        original = function.apply
+        monkeypatch.setattr(function, "apply", lambda *args, own=original: used.append(True) or own(*args))
+    components["unet"]["layer"](x)  # pyright: ignore[reportIndexIssue]
+    monkeypatch.undo()
+    return bool(used)
+
+
+@pytest.mark.parametrize("kind", ["linear", "3x3"])
+def test_it_steps_aside_for_what_it_does_not_know(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_ours(x_dtype: torch.dtype = torch.float32, dtype: torch.dtype = torch.float32, **rule: Any) -> bool:
+        components = adapted(kind, dtype, torch.channels_last, **rule)
+        return is_joined(components, inputs(kind, x_dtype), monkeypatch)
+
+    assert is_ours()
+    assert not is_ours(dropout=0.1)
+    assert not is_ours(rank_dropout=0.1)
+    assert not is_ours(module_dropout=0.1)
+    assert not is_ours(torch.bfloat16, torch.bfloat16)  # without autocast PEFT computes the factors in fp32
+    components = adapted(kind, torch.float32, torch.channels_last)
+    inject(components, make_plan([TargetRule(match="unet.**", rank=2)], module_tree(components)), "second")
+    assert not is_joined(components, inputs(kind, torch.float32), monkeypatch)
+    set_scale(components, {"default": 0.5})
+    assert is_joined(components, inputs(kind, torch.float32), monkeypatch)
+    set_scale(components, {"default": 0.0, "second": 0.0})
+    plain = LAYERS[kind]
+    torch.manual_seed(0)
+    x = inputs(kind, torch.float32)
+    out = components["unet"]["layer"](x)  # pyright: ignore[reportIndexIssue]
+    assert torch.equal(out, plain().to(memory_format=torch.channels_last)(x))  # pyright: ignore[reportCallIssue]
+
+
+@pytest.mark.parametrize("kind", ["linear", "strided"])
+def test_dropout_gives_pefts_numbers(kind: str) -> None:
+    components = adapted(kind, torch.float32, torch.channels_last, dropout=0.5)
+    x = inputs(kind, torch.float32)
+    torch.manual_seed(3)
+    ours = results(components, x, peft=False)
+    torch.manual_seed(3)
+    theirs = results(components, x, peft=True)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("kind", ["linear", "3x3"])
+def test_checkpointing_gives_the_same_gradients(kind: str) -> None:
+    components = adapted(kind, torch.float32, torch.channels_last)
+    layer: Any = components["unet"]["layer"]  # pyright: ignore[reportIndexIssue]
+    found: list[list[Tensor]] = []
+    for through in (False, True):
+        x = inputs(kind, torch.float32)
+        layer.zero_grad()
+        out = checkpoint(layer, x, use_reentrant=False) if through else layer(x)
+        assert isinstance(out, Tensor)
+        out.square().sum().backward()
+        assert x.grad is not None
+        found.append([x.grad, *(one.grad.clone() for one in layer.parameters() if one.grad is not None)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_the_input_is_kept_once_for_several_layers() -> None:
+    torch.manual_seed(0)
+    net = nn.ModuleDict({name: nn.Linear(64, 64) for name in "qkv"}).requires_grad_(False).to(torch.bfloat16)
+    components: dict[str, nn.Module] = {"unet": net}
+    inject(components, make_plan([TargetRule(match="unet.**", rank=2)], module_tree(components)))
+    x = torch.randn(512, 64, dtype=torch.bfloat16, requires_grad=True)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = [net[name](x) for name in "qkv"]
+    large = [size for size in kept.values() if size >= x.numel() * 2]
+    assert large == [x.numel() * 2]
+    assert all(bool(torch.isfinite(one).all()) for one in outputs)
