@@ -14,9 +14,10 @@ from PIL.PngImagePlugin import PngInfo
 from lora_kit.adapters import set_scale
 from lora_kit.files import write_atomically
 from lora_kit.inference import SamplingSettings, compose_grid, draw
-from lora_kit.training.build import ADAPTER, Run, set_training
+from lora_kit.training.build import set_training
 from lora_kit.training.folder import RunFolder
 from lora_kit.training.metrics import Metrics
+from lora_kit.training.objects import ADAPTER, Run
 from lora_kit.training.prepared import visiting
 
 MOST_COLUMNS = 12

@@ -12,10 +12,10 @@ from lora_kit.diffusion import generator_for
 from lora_kit.inference import compose_grid, draw
 from lora_kit.models.inpainting import FillsMasks
 from lora_kit.models.picture_inputs import PictureInputs
-from lora_kit.training.build import Run
 from lora_kit.training.drawing import at_strength, save_picture, settings_of
 from lora_kit.training.folder import RunFolder
 from lora_kit.training.metrics import Metrics
+from lora_kit.training.objects import Run
 from lora_kit.training.prepared import visiting
 
 GREY = (128, 128, 128)

@@ -6,10 +6,10 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_kit.training.build import Run
 from lora_kit.training.checkpoints import Progress, checkpoint_name, load_checkpoint
 from lora_kit.training.folder import RunFolder
 from lora_kit.training.metrics import Metrics
+from lora_kit.training.objects import Run
 from lora_kit.training.restoring import restoring_lines
 from lora_kit.training.result import write_result
 from lora_kit.training.resume import state_of

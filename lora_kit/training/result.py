@@ -28,9 +28,9 @@ from lora_kit.models.pipeline_index import parts_of
 from lora_kit.recipe.tokens import file_stem
 from lora_kit.targeting import plan_to_json
 from lora_kit.targeting.rates import rate_of_text_encoder
-from lora_kit.training.build import ADAPTER, Run
 from lora_kit.training.folder import RunFolder
 from lora_kit.training.objective import schedule_facts
+from lora_kit.training.objects import ADAPTER, Run
 from lora_kit.training.precision import DTYPES
 from lora_kit.training.sharding import whole_network
 

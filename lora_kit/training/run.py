@@ -13,7 +13,7 @@ from lora_kit.data import make_loader
 from lora_kit.files import write_text
 from lora_kit.models.quantise import check_quantise
 from lora_kit.recipe import Recipe, dump_recipe
-from lora_kit.training.build import Run, build_run
+from lora_kit.training.build import build_run
 from lora_kit.training.checkpoints import Progress
 from lora_kit.training.disk import full_disk_told
 from lora_kit.training.finish import Outcome, finish_run
@@ -22,6 +22,7 @@ from lora_kit.training.launch import build_accelerator, sharding_of
 from lora_kit.training.launcher import follow_launcher
 from lora_kit.training.measuring import Base
 from lora_kit.training.metrics import Metrics, NoMetrics
+from lora_kit.training.objects import Run
 from lora_kit.training.one_step import is_due, take_step
 from lora_kit.training.optimizers import check_optimizer
 from lora_kit.training.resume import begin

@@ -10,8 +10,8 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lora_kit.training.build import Run
 from lora_kit.training.folder import RunFolder
+from lora_kit.training.objects import Run
 
 _MACHINES_OWN = {"model": {"base", "tokenizer"}, "data": {"sources", "cache_dir"}, "output_dir": True}
 """Paths may differ between machines; what is found there may not."""

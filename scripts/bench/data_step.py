@@ -34,8 +34,9 @@ from lora_kit.data import Batch, Record, Records, TrainingSet, make_loader
 from lora_kit.data.cache import CacheStore, DiskLatents
 from lora_kit.models.loading import TINY_FOLDER
 from lora_kit.recipe import Recipe, load_recipe
-from lora_kit.training.build import Run, build_run
+from lora_kit.training.build import build_run
 from lora_kit.training.launch import build_accelerator
+from lora_kit.training.objects import Run
 from lora_kit.training.step import training_step
 
 RANK = 16

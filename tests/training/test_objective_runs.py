@@ -19,7 +19,7 @@ from lora_kit.models import load_bundle
 from lora_kit.models.pipelines import scheduler_named
 from lora_kit.recipe import ModelSection, ObjectiveSection, Recipe
 from lora_kit.training import train
-from lora_kit.training.build import Run, build_run
+from lora_kit.training.build import build_run
 from lora_kit.training.launch import build_accelerator
 from lora_kit.training.objective import (
     adopt_schedule,
@@ -30,6 +30,7 @@ from lora_kit.training.objective import (
     sample_losses,
     wanted_prediction,
 )
+from lora_kit.training.objects import Run
 
 MakeRecipe = Callable[..., Recipe]
 
