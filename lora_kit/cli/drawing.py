@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import typer
 from PIL import Image
@@ -13,28 +14,52 @@ from PIL.PngImagePlugin import PngInfo
 
 from lora_kit.adapters.token_files import read_embedding
 from lora_kit.cli.options import AdapterOption, DtypeName, parse_size, torch_dtype
+from lora_kit.cli.picture_options import PictureOptions
 from lora_kit.errors import RecipeError
 from lora_kit.files import write_atomically
 from lora_kit.inference import Prepared, SamplingSettings, default_settings, prepare
+from lora_kit.inference.reading import read_inputs
 from lora_kit.inference.sampling import check_prompts
 from lora_kit.inference.starts import Inputs
 from lora_kit.recipe import ModelSection
 
 
-def open_base(
-    base: ModelSection,
-    adapters: Sequence[AdapterOption],
-    dtype: DtypeName | None,
-    rules: Sequence[str] = (),
-    embeddings: Sequence[str] = (),
-) -> Prepared:
-    """Load the base with the adapters and learned tokens, telling warnings on stderr."""
-    files = [option.path for option in adapters]
-    tokens = [read_embedding(Path(file), token) for token, file in map(_token_and_file, embeddings)]
-    prepared = prepare(base, files, torch_dtype(dtype) if dtype else None, rules, tokens)
+class Wish(NamedTuple):
+    """What the two commands are asked for alike."""
+
+    base: ModelSection
+    adapters: Sequence[AdapterOption]
+    dtype: DtypeName | None
+    rules: Sequence[str]
+    embeddings: Sequence[str]
+    prompt: Sequence[str] | None
+    """As given: a base without text takes none."""
+    pictures: PictureOptions
+    size: str | None
+
+
+class Begun(NamedTuple):
+    """A base that is ready to draw, and what with."""
+
+    prepared: Prepared
+    settings: SamplingSettings
+    inputs: Inputs
+
+
+def begin(wish: Wish, asked: SamplingSettings) -> Begun:
+    """Read the pictures, load the base with adapters and learned tokens, and fit all to each other; warnings go to
+    stderr. Raises RecipeError for what the base cannot draw."""
+    given = wish.pictures
+    inputs = read_inputs(given.images, given.masks) if given.images else None
+    tokens = [read_embedding(Path(file), token) for token, file in map(_token_and_file, wish.embeddings)]
+    dtype = torch_dtype(wish.dtype) if wish.dtype else None
+    prepared = prepare(wish.base, [option.path for option in wish.adapters], dtype, wish.rules, tokens)
     for warning in prepared.warnings:
         typer.echo(f"warning: {warning}", err=True)
-    return prepared
+    inputs = _fitted_inputs(prepared, wish.prompt, inputs)
+    settings = _settings_for(prepared, wish.size, asked, inputs)
+    _warn_of_long_prompts(prepared, [*(wish.prompt or ()), asked.negative_prompt], settings)
+    return Begun(prepared, settings, inputs)
 
 
 def _token_and_file(text: str) -> tuple[str, str]:
@@ -43,7 +68,7 @@ def _token_and_file(text: str) -> tuple[str, str]:
     return (token, file) if equals and not Path(text).exists() else ("", text)
 
 
-def fitted_inputs(prepared: Prepared, prompt: Sequence[str] | None, inputs: Inputs) -> Inputs:
+def _fitted_inputs(prepared: Prepared, prompt: Sequence[str] | None, inputs: Inputs) -> Inputs:
     """The pictures as the base takes them. Raises RecipeError for those it cannot take, and where it needs a prompt."""
     bundle = prepared.bundle
     if bundle.has_text and not prompt:
@@ -53,7 +78,7 @@ def fitted_inputs(prepared: Prepared, prompt: Sequence[str] | None, inputs: Inpu
     return None if inputs is None else [bundle.family.fitted_input(bundle, one) for one in inputs]
 
 
-def settings_for(
+def _settings_for(
     prepared: Prepared, size: str | None, asked: SamplingSettings, inputs: Inputs = None
 ) -> SamplingSettings:
     """`asked`, in `size`, or in the size that comes of the first input, or in the size the base was made for."""
@@ -64,7 +89,7 @@ def settings_for(
     return replace(asked, width=width, height=height)
 
 
-def warn_of_long_prompts(prepared: Prepared, prompts: Sequence[str], settings: SamplingSettings) -> None:
+def _warn_of_long_prompts(prepared: Prepared, prompts: Sequence[str], settings: SamplingSettings) -> None:
     """Say on stderr which prompts are longer than the text encoder reads, unless they are encoded in chunks."""
     bundle = prepared.bundle
     if settings.long_prompts == "chunks":

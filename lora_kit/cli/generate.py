@@ -73,9 +73,8 @@ def command(
     paths = [out / f"{index:03d}_{slug(text)}_seed{one}.png" for index, text in enumerate(names) for one in seeds]
     refuse_existing(paths, overwrite)
 
-    from lora_kit.cli.drawing import facts_of, fitted_inputs, open_base, save_png, settings_for, warn_of_long_prompts
+    from lora_kit.cli.drawing import Wish, begin, facts_of, save_png
     from lora_kit.inference import SamplingSettings, generate
-    from lora_kit.inference.reading import read_inputs
     from lora_kit.progress import progress
 
     asked = SamplingSettings(
@@ -87,11 +86,9 @@ def command(
         strength=strength,
         long_prompts=long_prompts,
     )
-    inputs = read_inputs(pictures.images, pictures.masks) if pictures.images else None
-    prepared = open_base(base_section(base, prediction_type, tokenizer), adapters, dtype, rules, embedding or ())
-    inputs = fitted_inputs(prepared, prompt, inputs)
-    settings = settings_for(prepared, size, asked, inputs)
-    warn_of_long_prompts(prepared, [*prompts, negative], settings)
+    model, tokens = base_section(base, prediction_type, tokenizer), embedding or ()
+    wish = Wish(model, adapters, dtype, rules, tokens, prompt, pictures, size)
+    prepared, settings, inputs = begin(wish, asked)
     scales = [option.scale for option in adapters]
     used = json.dumps([{"file": option.path.name, "scale": option.scale} for option in adapters])
     drawn = generate(prepared, prompts, seeds, scales, settings, progress, inputs)
@@ -101,7 +98,7 @@ def command(
             "seed": str(picture.seed),
             "adapters": used,
             "prediction_type": prepared.bundle.prediction_type,
-            **facts_of(base, settings, rules, embedding or ()),
+            **facts_of(base, settings, rules, tokens),
             **pictures.facts(),
         }
         save_png(picture.image, path, facts)

@@ -76,9 +76,8 @@ def command(
         parse_size(size)
     refuse_existing([out], overwrite)
 
-    from lora_kit.cli.drawing import facts_of, fitted_inputs, open_base, save_png, settings_for, warn_of_long_prompts
+    from lora_kit.cli.drawing import Wish, begin, facts_of, save_png
     from lora_kit.inference import SamplingSettings, grid
-    from lora_kit.inference.reading import read_inputs
     from lora_kit.progress import progress
 
     asked = SamplingSettings(
@@ -90,11 +89,9 @@ def command(
         strength=strength,
         long_prompts=long_prompts,
     )
-    inputs = read_inputs(pictures.images, pictures.masks) if pictures.images else None
-    prepared = open_base(base_section(base, prediction_type, tokenizer), adapters, dtype, rules, embedding or ())
-    inputs = fitted_inputs(prepared, prompt, inputs)
-    settings = settings_for(prepared, size, asked, inputs)
-    warn_of_long_prompts(prepared, [*prompts, negative], settings)
+    model, tokens = base_section(base, prediction_type, tokenizer), embedding or ()
+    wish = Wish(model, adapters, dtype, rules, tokens, prompt, pictures, size)
+    prepared, settings, inputs = begin(wish, asked)
     sheet = grid(prepared, prompts, rows, strengths, settings, progress, inputs)
     facts = {
         "prompts": json.dumps(prompts, ensure_ascii=False),
@@ -103,5 +100,5 @@ def command(
         "prediction_type": prepared.bundle.prediction_type,
         "adapters": json.dumps([option.path.name for option in adapters]),
     }
-    save_png(sheet, out, facts | facts_of(base, settings, rules, embedding or ()) | pictures.facts())
+    save_png(sheet, out, facts | facts_of(base, settings, rules, tokens) | pictures.facts())
     typer.echo(str(out))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -13,7 +13,10 @@ from lora_kit.cli.text import byte_size
 
 if TYPE_CHECKING:
     from lora_kit.cli.plan_facts import Memory, Steps
+    from lora_kit.cli.plan_sources import DataFacts
+    from lora_kit.models.outline import Outline
     from lora_kit.recipe import Recipe
+    from lora_kit.targeting import TargetPlan
 
 
 def command(
@@ -28,76 +31,64 @@ def command(
     Loads no weights and decodes no picture, but with --probe, which loads the base."""
     from lora_kit.recipe import load_recipe
 
-    loaded = load_recipe(recipe, overrides or ())
-    from lora_kit.adapters import read_raw
-    from lora_kit.cli.plan_buckets import bucket_json, bucket_lines, bucket_table
+    facts = _planned(load_recipe(recipe, overrides or ()))
+    if as_json:
+        typer.echo(json.dumps(_document(facts, probe), ensure_ascii=False, indent=1))
+    else:
+        _show(facts, probe)
+
+
+class _Facts(NamedTuple):
+    """All that a plan says."""
+
+    recipe: Recipe
+    plan: TargetPlan
+    rates: dict[str, float]
+    data: DataFacts
+    length: Steps
+    memory: Memory
+
+
+def _planned(loaded: Recipe) -> _Facts:
+    """Everything of the plan; raises what the run would raise before its first step, as far as headers and configs
+    tell."""
     from lora_kit.cli.plan_facts import memory, steps
-    from lora_kit.cli.plan_probe import probe_lines, probed
-    from lora_kit.cli.plan_sources import data_facts, source_json, source_lines, source_table
-    from lora_kit.cli.plan_tokens import token_json, token_lines
-    from lora_kit.models.adapter_layouts import layout_for
+    from lora_kit.cli.plan_sources import data_facts
     from lora_kit.models.outline import read_outline
-    from lora_kit.recipe.inpainting import check_inpainting
-    from lora_kit.recipe.objective import check_against_base
     from lora_kit.recipe.without_text import fitted_to_base
-    from lora_kit.targeting import make_plan, plan_table, plan_to_json
+    from lora_kit.targeting import make_plan
     from lora_kit.targeting.quantised import quantised_layers
     from lora_kit.targeting.rates import module_rates
 
     base = read_outline(loaded.model)
-    if base.prediction_type is not None:
-        predicts = loaded.model.prediction_type or base.prediction_type
-        check_against_base(loaded.objective, loaded.model.base, predicts, base.timesteps or 1000)
-    check_inpainting(loaded, base.family, fills=base.family.endswith("-inpainting"))
     loaded = fitted_to_base(loaded, base.side_step)
     plan = make_plan(loaded.targets, base.tree)
-    layout_for(loaded.save, base.family, plan.methods)
-    if loaded.model.adapter:
-        from lora_kit.training.start import starting_updates
-
-        path = Path(loaded.model.adapter)
-        starting_updates(path, read_raw(path), {module.name: module for module in base.tree}, plan, base.family)
+    _check_base(loaded, base, plan)
     _check_optimizer(loaded)
     rates = module_rates(plan, loaded.optimizer)
     data = data_facts(loaded.data)
-    held = data.buckets
-    length = steps(loaded, data.samples, held.steps if held else None)
+    length = steps(loaded, data.samples, data.buckets.steps if data.buckets else None)
     few_bits = quantised_layers(loaded.model.quantize, base.tree, plan)
-    bytes_held = memory(loaded, plan, base.parameters, few_bits)
-    if as_json:
-        document = {
-            "base": loaded.model.base,
-            "trainable_parameters": plan.trainable_parameters,
-            "plan": plan_to_json(plan),
-            "learning_rates": rates,
-            "tokens": token_json(loaded),
-            "data": source_json(data.survey),
-            "buckets": bucket_json(held) if held else None,
-            "steps": length._asdict(),
-            "memory_bytes": bytes_held._asdict() | {"trainable": bytes_held.trainable},
-        }
-        if probe:
-            document["probe"] = probed(loaded)._asdict()
-        typer.echo(json.dumps(document, ensure_ascii=False, indent=1))
-        return
-    from rich.console import Console
+    return _Facts(loaded, plan, rates, data, length, memory(loaded, plan, base.parameters, few_bits))
 
-    console = Console(highlight=False)
-    if plan.targets:
-        console.print(plan_table(plan))
-    console.print(source_table(data.survey))
-    if held:
-        console.print(bucket_table(held))
-    if rates:
-        console.print(_rates_line(rates, loaded.optimizer.lr_ratio), soft_wrap=True)
-    for line in token_lines(loaded):
-        console.print(line, markup=False, soft_wrap=True)
-    lines = (*source_lines(data.survey), *(bucket_lines(held) if held else ()))
-    for line in (*lines, _steps_line(length), *_memory_lines(bytes_held)):
-        console.print(line, markup=False, soft_wrap=True)
-    if probe:
-        for line in probe_lines(probed(loaded), loaded, bytes_held):
-            console.print(line, markup=False, soft_wrap=True)
+
+def _check_base(recipe: Recipe, base: Outline, plan: TargetPlan) -> None:
+    """What the recipe may not ask of this base."""
+    from lora_kit.models.adapter_layouts import layout_for
+    from lora_kit.recipe.inpainting import check_inpainting
+    from lora_kit.recipe.objective import check_against_base
+
+    if base.prediction_type is not None:
+        predicts = recipe.model.prediction_type or base.prediction_type
+        check_against_base(recipe.objective, recipe.model.base, predicts, base.timesteps or 1000)
+    check_inpainting(recipe, base.family, fills=base.family.endswith("-inpainting"))
+    layout_for(recipe.save, base.family, plan.methods)
+    if recipe.model.adapter:
+        from lora_kit.adapters import read_raw
+        from lora_kit.training.start import starting_updates
+
+        path = Path(recipe.model.adapter)
+        starting_updates(path, read_raw(path), {module.name: module for module in base.tree}, plan, base.family)
 
 
 def _check_optimizer(recipe: Recipe) -> None:
@@ -109,6 +100,50 @@ def _check_optimizer(recipe: Recipe) -> None:
         from lora_kit.training.optimizers import check_optimizer
 
         check_optimizer(recipe, torch.device("cuda"))
+
+
+def _document(facts: _Facts, probe: bool) -> dict[str, Any]:
+    from lora_kit.cli.plan_buckets import bucket_json
+    from lora_kit.cli.plan_probe import probed
+    from lora_kit.cli.plan_sources import source_json
+    from lora_kit.cli.plan_tokens import token_json
+    from lora_kit.targeting import plan_to_json
+
+    recipe, plan, rates, data, length, held = facts
+    return {
+        "base": recipe.model.base,
+        "trainable_parameters": plan.trainable_parameters,
+        "plan": plan_to_json(plan),
+        "learning_rates": rates,
+        "tokens": token_json(recipe),
+        "data": source_json(data.survey),
+        "buckets": bucket_json(data.buckets) if data.buckets else None,
+        "steps": length._asdict(),
+        "memory_bytes": held._asdict() | {"trainable": held.trainable},
+        **({"probe": probed(recipe)._asdict()} if probe else {}),
+    }
+
+
+def _show(facts: _Facts, probe: bool) -> None:
+    from rich.console import Console
+
+    from lora_kit.cli.plan_buckets import bucket_lines, bucket_table
+    from lora_kit.cli.plan_probe import probe_lines, probed
+    from lora_kit.cli.plan_sources import source_lines, source_table
+    from lora_kit.cli.plan_tokens import token_lines
+    from lora_kit.targeting import plan_table
+
+    recipe, plan, rates, data, length, held = facts
+    console = Console(highlight=False)
+    tables = [*([plan_table(plan)] if plan.targets else []), source_table(data.survey)]
+    for table in [*tables, *([bucket_table(data.buckets)] if data.buckets else [])]:
+        console.print(table)
+    lines = [*([_rates_line(rates, recipe.optimizer.lr_ratio)] if rates else []), *token_lines(recipe)]
+    lines += [*source_lines(data.survey), *(bucket_lines(data.buckets) if data.buckets else ())]
+    for line in [*lines, _steps_line(length), *_memory_lines(held)]:
+        console.print(line, markup=False, soft_wrap=True)
+    for line in probe_lines(probed(recipe), recipe, held) if probe else ():
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def _rates_line(rates: dict[str, float], ratio: float | None) -> str:

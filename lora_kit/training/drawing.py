@@ -30,7 +30,7 @@ Drawn = Mapping[float, Sequence[Image.Image]]
 def draw_step(run: Run, folder: RunFolder, metrics: Metrics, step: int) -> None:
     """samples/step-….png, each prompt at strength 1; and what the sheets at the end need of this step."""
     section = run.recipe.validation
-    strengths = [strength for strength in _strengths(run) if strength not in (0.0, 1.0)] if section.step_grid else []
+    strengths = [strength for strength in strengths_of(run) if strength not in (0.0, 1.0)] if section.step_grid else []
     drawn = {strength: draw_at(run, section.prompts, strength) for strength in (1.0, *strengths)}
     sheet = _sheet(run, {1.0: drawn[1.0]})
     save_picture(sheet, folder.samples / f"step-{step:06d}.png")
@@ -46,7 +46,7 @@ def draw_final(run: Run, folder: RunFolder, metrics: Metrics, steps: Sequence[in
     strengths, has no column.
     """
     section = run.recipe.validation
-    drawn = {strength: draw_at(run, section.prompts, strength) for strength in _strengths(run)}
+    drawn = {strength: draw_at(run, section.prompts, strength) for strength in strengths_of(run)}
     sheet = _sheet(run, drawn)
     save_picture(sheet, folder.samples / "final_grid.png")
     metrics.picture("final_grid", sheet, steps[-1])
@@ -115,7 +115,7 @@ def spread(steps: Sequence[int]) -> list[int]:
     return [steps[round(place * last / (MOST_COLUMNS - 1))] for place in range(MOST_COLUMNS)]
 
 
-def _strengths(run: Run) -> list[float]:
+def strengths_of(run: Run) -> list[float]:
     """One where there is no adapter: a full fine-tune's weights are the network's own, learned tokens have none."""
     return list(dict.fromkeys(run.recipe.validation.strengths)) if run.has_adapter else [1.0]
 

@@ -12,7 +12,7 @@ from lora_kit.diffusion import generator_for
 from lora_kit.inference import compose_grid, draw
 from lora_kit.models.inpainting import FillsMasks
 from lora_kit.models.picture_inputs import PictureInputs
-from lora_kit.training.drawing import at_strength, save_picture, settings_of
+from lora_kit.training.drawing import at_strength, save_picture, settings_of, strengths_of
 from lora_kit.training.folder import RunFolder
 from lora_kit.training.metrics import Metrics
 from lora_kit.training.objects import Run
@@ -43,7 +43,7 @@ def draw_filled(run: Run, folder: RunFolder, metrics: Metrics, step: int, final:
     holes = _holes(run)
     if not holes:
         return
-    strengths = list(dict.fromkeys(run.recipe.validation.strengths)) if final and not run.is_full else [1.0]
+    strengths = strengths_of(run) if final else [1.0]
     columns = [[hole.inputs.image for hole in holes], [hole.seen for hole in holes]]
     columns += [_filled(run, holes, strength) for strength in strengths]
     names = ["held-out picture", "given", *(f"filled at {strength:g}" for strength in strengths)]

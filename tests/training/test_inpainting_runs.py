@@ -215,6 +215,18 @@ def test_validations_measure_and_show_the_same_masks_every_time(
         assert final.height == first.height
 
 
+def test_a_word_alone_has_no_strengths_to_fill_at(
+    make_recipe: MakeRecipe, make_picture_folder: Callable[..., Path], tiny_inpainting_folder: Path, tmp_path: Path
+) -> None:
+    held_out = make_picture_folder(tmp_path / "two", count=2)
+    word = ['tokens=[{token: "<toy>", initializer: cat}]', 'data.trigger="<toy>"', "targets=none"]
+    options = [*word, f"validation.held_out={{path: {held_out}}}", "train.max_steps=1"]
+    train(make_recipe(*options, base=tiny_inpainting_folder))
+    samples = tmp_path / "run" / "samples"
+    with Image.open(samples / "filled-step-000001.png") as last, Image.open(samples / "filled_final.png") as final:
+        assert final.size == last.size
+
+
 def test_a_full_fine_tune_leaves_a_folder_that_diffusers_inpaints_with(
     make_recipe: MakeRecipe, tiny_inpainting_folder: Path, tmp_path: Path
 ) -> None:
