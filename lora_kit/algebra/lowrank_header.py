@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from lora_kit.adapters.formats.header import INPAINTING, base_names, tool_version
 from lora_kit.adapters.formats.objective_header import modelspec_prediction
 from lora_kit.adapters.updates import LoraUpdate, Update
-from lora_kit.models.family_names import PIPELINE_FAMILIES
+from lora_kit.models.family.family_names import PIPELINE_FAMILIES
 
 _BASE_KEYS = (
     "ss_base_model_version",

@@ -4,7 +4,7 @@ from lora_kit.inference.generate import Picture, generate, grid
 from lora_kit.inference.grids import compose_grid
 from lora_kit.inference.prepare import Prepared, default_settings, prepare, scale_adapters
 from lora_kit.inference.sampling import SamplingSettings, draw
-from lora_kit.models.picture_inputs import PictureInputs
+from lora_kit.models.family.picture_inputs import PictureInputs
 
 __all__ = [
     "Picture",

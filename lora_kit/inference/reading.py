@@ -10,7 +10,7 @@ from PIL import Image
 
 from lora_kit.data.pictures import read_picture
 from lora_kit.data.records import Record
-from lora_kit.models.picture_inputs import PictureInputs
+from lora_kit.models.family.picture_inputs import PictureInputs
 
 
 def read_inputs(images: Sequence[Path], masks: Sequence[Path]) -> list[PictureInputs]:

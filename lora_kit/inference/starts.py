@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lora_kit.errors import RecipeError
 from lora_kit.models import ModelBundle
-from lora_kit.models.picture_inputs import PictureInputs, image_pixels, mask_pixels
+from lora_kit.models.family.picture_inputs import PictureInputs, image_pixels, mask_pixels
 
 PICTURE_STRENGTH = 0.8
 MASK_STRENGTH = 1.0

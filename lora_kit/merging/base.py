@@ -9,11 +9,11 @@ from lora_kit.errors import ModelError, RecipeError
 from lora_kit.merging.places import Places, checkpoint_places, folder_places
 from lora_kit.merging.stored import WeightFile, open_weights
 from lora_kit.merging.weights import ComponentFiles, component_files
-from lora_kit.models.checkpoint_file import SUFFIXES
-from lora_kit.models.family_names import PIPELINE_FAMILIES
-from lora_kit.models.ldm_configs import is_v2
-from lora_kit.models.ldm_marks import recognise
+from lora_kit.models.family.family_names import PIPELINE_FAMILIES
 from lora_kit.models.pipeline_index import check_index, index_in, read_index
+from lora_kit.models.single_file.checkpoint_file import SUFFIXES
+from lora_kit.models.single_file.ldm_configs import is_v2
+from lora_kit.models.single_file.ldm_marks import recognise
 from lora_kit.models.tree_family import family_of_tree
 
 COMPONENTS = ("unet", "text_encoder")

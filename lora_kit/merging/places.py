@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from lora_kit.merging.stored import StoredTensor, WeightFile
-from lora_kit.models.ldm_keys import CLIP, OPEN_CLIP, UNET, claim, structure
+from lora_kit.models.single_file.ldm_keys import CLIP, OPEN_CLIP, UNET, claim, structure
 from lora_kit.targeting.modules import ModuleInfo
 
 _PROJECTIONS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}

@@ -18,8 +18,8 @@ from lora_kit.files import write_text
 from lora_kit.merging.base import Base
 from lora_kit.merging.record import MERGED
 from lora_kit.merging.wanted import Scaled
-from lora_kit.models import ldm_prediction
 from lora_kit.models.schedules import ZERO_TERMINAL_SNR
+from lora_kit.models.single_file import ldm_prediction
 
 BEFORE = "lora_kit.scheduler_before"
 """Header key of a merged folder's weights: what the keys that the merge changed in scheduler_config.json said before,

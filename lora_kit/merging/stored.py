@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_kit.adapters.formats.container_header import DTYPES
 from lora_kit.errors import ModelError
-from lora_kit.models.checkpoint_file import damaged, open_pickled, refuse_text
+from lora_kit.models.single_file.checkpoint_file import damaged, open_pickled, refuse_text
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MERGEABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from lora_kit.errors import RecipeError
-from lora_kit.models.family_names import PIPELINE_FAMILIES
+from lora_kit.models.family.family_names import PIPELINE_FAMILIES
 from lora_kit.recipe import SaveSection
 from lora_kit.recipe.save import Layout, layout_problem
 

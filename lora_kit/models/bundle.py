@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 from transformers import BertTokenizer, CLIPTokenizer
 
-from lora_kit.models.picture_inputs import PictureInputs
+from lora_kit.models.family.picture_inputs import PictureInputs
 from lora_kit.models.unets import UNet
 from lora_kit.recipe.captions import LongText
 

@@ -12,16 +12,17 @@ import torch
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig
 
 from lora_kit.errors import ModelError
-from lora_kit.models import ldm_prediction, tokenizers
+from lora_kit.models import tokenizers
 from lora_kit.models.bundle import Family, FirstStage, ModelBundle
-from lora_kit.models.checkpoint_file import SUFFIXES, open_checkpoint
 from lora_kit.models.diffusers_layout import DiffusersBase
-from lora_kit.models.families import recognise
+from lora_kit.models.family.families import recognise
+from lora_kit.models.family.ldm_text2im import recognise_ldm
+from lora_kit.models.family.super_resolution import recognise_super_resolution
 from lora_kit.models.first_stage import first_stage_class
 from lora_kit.models.layout import Configs, Layout
-from lora_kit.models.ldm_layout import LdmCheckpoint
-from lora_kit.models.ldm_text2im import recognise_ldm
-from lora_kit.models.super_resolution import recognise_super_resolution
+from lora_kit.models.single_file import ldm_prediction
+from lora_kit.models.single_file.checkpoint_file import SUFFIXES, open_checkpoint
+from lora_kit.models.single_file.ldm_layout import LdmCheckpoint
 from lora_kit.models.text_models import TextModel, text_model
 from lora_kit.models.unets import UNet, unet_class
 from lora_kit.recipe.base import PredictionType

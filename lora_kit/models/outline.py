@@ -12,12 +12,12 @@ from typing import Any, NamedTuple, cast
 
 from safetensors import SafetensorError, safe_open
 
-from lora_kit.models import ldm_configs, ldm_prediction
 from lora_kit.models.architecture import UnknownArchitectureError, text_encoder_tree, unet_tree, vae_tree
-from lora_kit.models.family_names import PIPELINE_FAMILIES, family_name, fills_masks
+from lora_kit.models.family.family_names import PIPELINE_FAMILIES, family_name, fills_masks
 from lora_kit.models.ldm_bert_tree import MODEL_TYPE, ldm_bert_tree, uncalled_parameters
-from lora_kit.models.ldm_keys import structure
 from lora_kit.models.pipeline_index import parts_of
+from lora_kit.models.single_file import ldm_configs, ldm_prediction
+from lora_kit.models.single_file.ldm_keys import structure
 from lora_kit.recipe.sections import ModelSection
 from lora_kit.targeting import ModuleInfo
 

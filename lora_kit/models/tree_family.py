@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lora_kit.models.family_names import PIPELINE_FAMILIES, family_name
+from lora_kit.models.family.family_names import PIPELINE_FAMILIES, family_name
 from lora_kit.targeting import ModuleInfo
 
 _PROJECTION = "unet.mid_block.attentions.0.proj_in"

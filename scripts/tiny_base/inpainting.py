@@ -19,7 +19,7 @@ from torch import nn
 
 from lora_kit.errors import ModelError
 from lora_kit.models import load_bundle, pipeline
-from lora_kit.models.families import recognise
+from lora_kit.models.family.families import recognise
 from lora_kit.recipe import ModelSection
 
 

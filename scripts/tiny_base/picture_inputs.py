@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageOps
 from lora_kit.data.pictures import square_picture
 from lora_kit.inference import SamplingSettings, compose_grid, draw
 from lora_kit.models import ModelBundle, load_bundle
-from lora_kit.models.picture_inputs import PictureInputs
+from lora_kit.models.family.picture_inputs import PictureInputs
 from lora_kit.progress import no_progress
 from lora_kit.recipe import ModelSection, load_recipe
 from lora_kit.training.caching import data_sets

@@ -20,7 +20,7 @@ from lora_kit.adapters import AdapterState, write_kohya
 from lora_kit.algebra import Budget, Extracted, ExtractOptions, extract, open_adapters
 from lora_kit.errors import ModelError, RecipeError
 from lora_kit.models import load_bundle, pipeline
-from lora_kit.models.ldm_keys import claim, structure
+from lora_kit.models.single_file.ldm_keys import claim, structure
 from lora_kit.recipe import ModelSection
 
 RANK_4 = ExtractOptions(budget=Budget(rank=4))

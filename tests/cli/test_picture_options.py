@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from lora_kit.cli.main import main
 from lora_kit.cli.picture_options import SAMPLER_HELP
 from lora_kit.inference import SamplingSettings, draw
-from lora_kit.models.picture_inputs import PictureInputs
+from lora_kit.models.family.picture_inputs import PictureInputs
 from lora_kit.models.pipelines import SCHEDULERS
 
 

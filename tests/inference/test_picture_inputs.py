@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from lora_kit.errors import RecipeError
 from lora_kit.inference import SamplingSettings, draw
 from lora_kit.models import ModelBundle, scheduler_named
-from lora_kit.models.picture_inputs import PictureInputs
+from lora_kit.models.family.picture_inputs import PictureInputs
 from lora_kit.models.pipelines import SCHEDULERS
 
 PROMPT, SEED = "red apple", 3

@@ -10,8 +10,8 @@ from diffusers import StableDiffusionInpaintPipeline
 from PIL import Image
 
 from lora_kit.models import ModelBundle, load_bundle, pipeline
-from lora_kit.models.masks import drawn_mask, mask_for
-from lora_kit.models.picture_inputs import PictureInputs
+from lora_kit.models.family.masks import drawn_mask, mask_for
+from lora_kit.models.family.picture_inputs import PictureInputs
 from lora_kit.recipe import ModelSection
 from lora_kit.recipe.inpainting import InpaintingSection, ShapeSection
 

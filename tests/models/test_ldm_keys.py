@@ -8,8 +8,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from ldm_reference import SD15, SD21, Size, checkpoint_shapes
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lora_kit.models.ldm_configs import text_config, unet_config, vae_config
-from lora_kit.models.ldm_keys import claim, is_unused, structure
+from lora_kit.models.single_file.ldm_configs import text_config, unet_config, vae_config
+from lora_kit.models.single_file.ldm_keys import claim, is_unused, structure
 
 # From the published configs of runwayml/stable-diffusion-v1-5 and stabilityai/stable-diffusion-2-1.
 PUBLISHED = {

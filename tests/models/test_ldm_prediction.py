@@ -17,8 +17,8 @@ from torch import Tensor
 from lora_kit.cli.main import main
 from lora_kit.errors import ModelError
 from lora_kit.models import outline, skeleton
-from lora_kit.models.ldm_prediction import STATISTIC, is_open
 from lora_kit.models.outline import read_outline
+from lora_kit.models.single_file.ldm_prediction import STATISTIC, is_open
 from lora_kit.recipe import ModelSection
 
 

@@ -18,10 +18,10 @@ from lora_kit.errors import ModelError, RecipeError
 from lora_kit.inference import PictureInputs, SamplingSettings, draw
 from lora_kit.models import ModelBundle, load_bundle, pipeline, skeleton
 from lora_kit.models.architecture import UnknownArchitectureError
+from lora_kit.models.family.super_resolution import pipeline_picture_size, recognise_super_resolution
 from lora_kit.models.known_trees import known_trees
 from lora_kit.models.outline import read_outline
 from lora_kit.models.plain_unet_tree import plain_unet_tree
-from lora_kit.models.super_resolution import pipeline_picture_size, recognise_super_resolution
 from lora_kit.recipe import ModelSection, PresetRules
 from lora_kit.targeting import make_plan, module_tree
 

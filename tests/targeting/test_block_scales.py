@@ -9,7 +9,7 @@ from ldm_reference import SD15, unet_shapes
 
 from lora_kit.errors import RecipeError
 from lora_kit.models.architecture import text_encoder_tree, unet_tree
-from lora_kit.models.ldm_keys import claim, structure
+from lora_kit.models.single_file.ldm_keys import claim, structure
 from lora_kit.targeting.block_scales import BLOCKS_17, BLOCKS_26, ldm_block, module_scales
 
 UNET: dict[str, Any] = {

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lora_kit.data.cache import CacheStore
-from lora_kit.models.families import StableDiffusion
+from lora_kit.models.family.families import StableDiffusion
 from lora_kit.recipe import Recipe
 from lora_kit.training import train
 

@@ -21,7 +21,7 @@ from lora_kit.data import collate
 from lora_kit.errors import RecipeError
 from lora_kit.inference import SamplingSettings, draw, prepare, scale_adapters
 from lora_kit.merging import MergeOptions, merge
-from lora_kit.models.picture_inputs import PictureInputs
+from lora_kit.models.family.picture_inputs import PictureInputs
 from lora_kit.recipe import Recipe
 from lora_kit.training import train
 from lora_kit.training.build import build_run

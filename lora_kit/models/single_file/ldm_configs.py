@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lora_kit.models.ldm_keys import CLIP, OPEN_CLIP, UNET, VAE, Structure
+from lora_kit.models.single_file.ldm_keys import CLIP, OPEN_CLIP, UNET, VAE, Structure
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from lora_kit.errors import ModelError, RecipeError
 from lora_kit.models import first_stage
 from lora_kit.models.bundle import Family, ModelBundle
-from lora_kit.models.family_names import fills_masks
-from lora_kit.models.inpainting import FillsMasks
-from lora_kit.models.picture_inputs import PictureInputs
+from lora_kit.models.family.family_names import fills_masks
+from lora_kit.models.family.inpainting import FillsMasks
+from lora_kit.models.family.picture_inputs import PictureInputs
 from lora_kit.models.text_states import PaddedStates, chunk_ids, expand_tokens, join_states
 from lora_kit.recipe.captions import LongText
 from lora_kit.recipe.inpainting import check_inpainting

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lora_kit.errors import ModelError
-from lora_kit.models import ldm_configs, ldm_prediction, tokenizers
-from lora_kit.models.checkpoint_file import CheckpointFile
+from lora_kit.models import tokenizers
 from lora_kit.models.layout import Configs
-from lora_kit.models.ldm_keys import Claim, claim, is_unused, structure
-from lora_kit.models.ldm_marks import recognise, some
+from lora_kit.models.single_file import ldm_configs, ldm_prediction
+from lora_kit.models.single_file.checkpoint_file import CheckpointFile
+from lora_kit.models.single_file.ldm_keys import Claim, claim, is_unused, structure
+from lora_kit.models.single_file.ldm_marks import recognise, some
 from lora_kit.recipe.sections import ModelSection
 
 N = TypeVar("N", bound=nn.Module)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from lora_kit.errors import ModelError
-from lora_kit.models.ldm_keys import CLIP, OPEN_CLIP, UNET, VAE
+from lora_kit.models.single_file.ldm_keys import CLIP, OPEN_CLIP, UNET, VAE
 
 _ADAPTER_MARKS = ("lora_down", "lora_up", "lora_A", "lora_B", "lora.down", "lora.up", "hada_w1", "lokr_w", "unet:0:")
 _OTHER_MODELS = {

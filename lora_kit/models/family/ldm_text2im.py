@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora_kit.errors import ModelError
 from lora_kit.models.bundle import Family, ModelBundle
-from lora_kit.models.families import StableDiffusion, recognise
+from lora_kit.models.family.families import StableDiffusion, recognise
 
 
 class LdmTextToImage(StableDiffusion):

@@ -13,8 +13,8 @@ from torch import Tensor
 from lora_kit.errors import ModelError, RecipeError
 from lora_kit.models import first_stage
 from lora_kit.models.bundle import Family, ModelBundle
-from lora_kit.models.degrading import low_resolution
-from lora_kit.models.picture_inputs import PictureInputs, image_pixels
+from lora_kit.models.family.degrading import low_resolution
+from lora_kit.models.family.picture_inputs import PictureInputs, image_pixels
 from lora_kit.recipe.captions import LongText
 from lora_kit.recipe.degradation import DegradationSection
 from lora_kit.recipe.inpainting import check_inpainting

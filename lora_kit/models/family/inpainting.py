@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_kit.models.bundle import Family, ModelBundle
+from lora_kit.models.family.masks import mask_for
+from lora_kit.models.family.picture_inputs import PictureInputs, image_pixels, mask_pixels, picture_inputs
 from lora_kit.models.first_stage import vae_factor
-from lora_kit.models.masks import mask_for
-from lora_kit.models.picture_inputs import PictureInputs, image_pixels, mask_pixels, picture_inputs
 from lora_kit.recipe.inpainting import InpaintingSection, check_inpainting
 from lora_kit.recipe.without_text import check_with_text
 

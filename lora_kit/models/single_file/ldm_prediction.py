@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_kit.errors import ModelError
-from lora_kit.models.ldm_configs import Shapes, is_v2
-from lora_kit.models.ldm_keys import UNET
+from lora_kit.models.single_file.ldm_configs import Shapes, is_v2
+from lora_kit.models.single_file.ldm_keys import UNET
 
 _WORDS = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction", "sample": "sample"}
 _ARCHITECTURES = {"stable-diffusion-v2-768-v": "v_prediction", "stable-diffusion-v2-512": "epsilon"}

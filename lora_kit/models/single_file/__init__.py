@@ -1,0 +1,1 @@
+"""Single-file checkpoints: opening one, telling what it is by its tensors, and naming them as diffusers does."""
