@@ -14,7 +14,7 @@ from PIL import Image
 
 from lora_kit.data import Batch, collate
 from lora_kit.inference import PictureInputs, compose_grid, draw
-from lora_kit.models.family.degrading import as_image
+from lora_kit.models.family.picture_inputs import as_image
 from lora_kit.training.drawing import at_strength, save_picture, settings_of
 from lora_kit.training.folder import RunFolder
 from lora_kit.training.likeness import psnr, ssim

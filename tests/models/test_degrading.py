@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lora_kit.models.family.degrading import as_image, as_pixels, drawn_kernel, low_resolution
+from lora_kit.models.family.degrading import as_pixels, drawn_kernel, low_resolution
+from lora_kit.models.family.picture_inputs import as_image
 from lora_kit.recipe.degradation import DegradationSection
 
 

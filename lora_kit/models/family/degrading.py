@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
+from lora_kit.models.family.picture_inputs import as_image
 from lora_kit.recipe.degradation import DegradationSection, Kernel
 
 KERNELS: dict[Kernel, Image.Resampling] = {
@@ -69,12 +70,6 @@ def compressed(picture: Image.Image, quality: int) -> Image.Image:
     file = io.BytesIO()
     picture.save(file, format="JPEG", quality=quality)
     return Image.open(file).convert("RGB")
-
-
-def as_image(pixels: Tensor) -> Image.Image:
-    """pixels [3, H, W] in -1..1 → 8-bit RGB: the inverse of x / 127.5 - 1, exact for what was made of 8-bit values."""
-    levels = ((pixels.float().cpu() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
 
 
 def as_pixels(picture: Image.Image) -> Tensor:

@@ -34,7 +34,12 @@ def mask_pixels(inputs: Sequence[PictureInputs]) -> Tensor:
     return (torch.from_numpy(values / np.float32(255)) >= 0.5).float()[:, None]
 
 
+def as_image(pixels: Tensor) -> Image.Image:
+    """pixels [3, H, W] in -1..1 → 8-bit RGB: the inverse of x / 127.5 - 1, exact for what was made of 8-bit values."""
+    levels = ((pixels.float().cpu() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
+
+
 def picture_inputs(pixels: Tensor, mask: Tensor) -> PictureInputs:
     """The way back: a picture [3, H, W] in -1..1 with its mask [1, H, W] of 0 and 1."""
-    colours = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
-    return PictureInputs(Image.fromarray(colours.cpu().numpy()), Image.fromarray((mask[0] * 255).byte().cpu().numpy()))
+    return PictureInputs(as_image(pixels), Image.fromarray((mask[0] * 255).byte().cpu().numpy()))
