@@ -64,8 +64,8 @@ def _fill(recipes: Sequence[Recipe]) -> None:
     from lora_kit.progress import progress
     from lora_kit.training.caching import data_sets, fill_cache, open_cache
     from lora_kit.training.encoders import load_encoders, trains_text_encoder
-    from lora_kit.training.launch import build_accelerator
-    from lora_kit.training.launcher import follow_launcher
+    from lora_kit.training.processes.launch import build_accelerator
+    from lora_kit.training.processes.launcher import follow_launcher
 
     for recipe in map(follow_launcher, recipes):
         bundle = load_encoders(recipe)

@@ -97,7 +97,7 @@ def _check_optimizer(recipe: Recipe) -> None:
     if recipe.optimizer.known is None or recipe.optimizer.args or recipe.optimizer.name not in ("adamw", "adam", "sgd"):
         import torch
 
-        from lora_kit.training.optimizers import check_optimizer
+        from lora_kit.training.optimization.optimizers import check_optimizer
 
         check_optimizer(recipe, torch.device("cuda"))
 

@@ -18,19 +18,19 @@ from lora_kit.progress import no_progress, progress
 from lora_kit.recipe import Recipe
 from lora_kit.targeting import TargetPlan, make_plan, module_tree
 from lora_kit.targeting.quantised import Quantised, quantised_layers
-from lora_kit.training.checkpoints import named_trainables
+from lora_kit.training.checkpoints.state import named_trainables
 from lora_kit.training.conditions import Conditions
-from lora_kit.training.ema import WeightAverage
-from lora_kit.training.launch import sharding_of
 from lora_kit.training.learned_tokens import LearnedTokens, start_tokens
-from lora_kit.training.max_norm import limited_modules
 from lora_kit.training.objective import adopt_schedule, build_objective
 from lora_kit.training.objects import ADAPTER, Run, is_full
-from lora_kit.training.optimizers import build_optimizer, parameter_groups, up_matrices
+from lora_kit.training.optimization.ema import WeightAverage
+from lora_kit.training.optimization.max_norm import limited_modules
+from lora_kit.training.optimization.optimizers import build_optimizer, parameter_groups, up_matrices
 from lora_kit.training.precision import base_dtype
 from lora_kit.training.prepared import PreparedData, place_networks, prepare_data
+from lora_kit.training.processes.launch import sharding_of
+from lora_kit.training.processes.sharding import shard
 from lora_kit.training.quantised_base import QuantisedBase, exact_losses, quantise_base
-from lora_kit.training.sharding import shard
 from lora_kit.training.start import starting_updates
 from lora_kit.training.step import Learner
 

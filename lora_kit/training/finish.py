@@ -6,16 +6,16 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_kit.training.checkpoints import Progress, checkpoint_name, load_checkpoint
+from lora_kit.training.checkpoints.resume import state_of
+from lora_kit.training.checkpoints.state import Progress, checkpoint_name, load_checkpoint
 from lora_kit.training.folder import RunFolder
 from lora_kit.training.metrics import Metrics
 from lora_kit.training.objects import Run
-from lora_kit.training.restoring import restoring_lines
+from lora_kit.training.processes.shares import written_by_main
 from lora_kit.training.result import write_result
-from lora_kit.training.resume import state_of
-from lora_kit.training.shares import written_by_main
-from lora_kit.training.validation import finish
-from lora_kit.training.verdict import verdict_line
+from lora_kit.training.validation.restoring import restoring_lines
+from lora_kit.training.validation.rounds import finish
+from lora_kit.training.validation.verdict import verdict_line
 
 
 class Outcome(NamedTuple):

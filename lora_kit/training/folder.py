@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from lora_kit.errors import RecipeError, TrainingError
 from lora_kit.recipe import Recipe
-from lora_kit.training.checkpoint_folder import damage, find_checkpoints, newest_whole, set_damaged_aside, tidy
-from lora_kit.training.checkpoints import damaged
+from lora_kit.training.checkpoints.folders import damage, find_checkpoints, newest_whole, set_damaged_aside, tidy
+from lora_kit.training.checkpoints.state import damaged
 
 OURS = (
     "adapter.safetensors",

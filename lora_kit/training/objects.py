@@ -16,15 +16,15 @@ from lora_kit.models.adapter_layouts import layout_for
 from lora_kit.recipe import Recipe
 from lora_kit.recipe.save import Layout
 from lora_kit.targeting import TargetPlan, plan_to_json
-from lora_kit.training.ema import WeightAverage
-from lora_kit.training.held_out import MeasuredSet, train_subset
-from lora_kit.training.launch import sharding_of
 from lora_kit.training.learned_tokens import LearnedTokens, token_notices
-from lora_kit.training.max_norm import Limited
 from lora_kit.training.objective import objective_notices, schedule_notices
+from lora_kit.training.optimization.ema import WeightAverage
+from lora_kit.training.optimization.max_norm import Limited
 from lora_kit.training.prepared import PreparedData
+from lora_kit.training.processes.launch import sharding_of
 from lora_kit.training.quantised_base import QuantisedBase
 from lora_kit.training.step import Learner
+from lora_kit.training.validation.held_out import MeasuredSet, train_subset
 
 ADAPTER = "default"
 MIXED_ALPHAS = (

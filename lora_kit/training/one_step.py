@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from lora_kit.data import Batch
 from lora_kit.errors import TrainingError
-from lora_kit.training.checkpoints import Progress
+from lora_kit.training.checkpoints.saving import last_whole
+from lora_kit.training.checkpoints.state import Progress
 from lora_kit.training.folder import RunFolder
-from lora_kit.training.max_norm import limit_norms
 from lora_kit.training.metrics import Metrics
 from lora_kit.training.objects import Run
-from lora_kit.training.optimizers import set_learning_rate
-from lora_kit.training.saving import last_whole
-from lora_kit.training.schedules import Rewarm, learning_rate_factor
+from lora_kit.training.optimization.max_norm import limit_norms
+from lora_kit.training.optimization.optimizers import set_learning_rate
+from lora_kit.training.optimization.schedules import Rewarm, learning_rate_factor
 from lora_kit.training.step import StepMetrics, training_step
 
 

@@ -18,12 +18,12 @@ from lora_kit.errors import RecipeError
 from lora_kit.models.first_stage import latent_channels, vae_factor
 from lora_kit.recipe import Recipe
 from lora_kit.training.build import build_run
-from lora_kit.training.launch import build_accelerator, sharding_of
-from lora_kit.training.launcher import follow_launcher
 from lora_kit.training.objects import Run
-from lora_kit.training.optimizers import check_optimizer
+from lora_kit.training.optimization.optimizers import check_optimizer
 from lora_kit.training.peak_memory import peak_memory, reset_peak
 from lora_kit.training.prepared import PreparedData
+from lora_kit.training.processes.launch import build_accelerator, sharding_of
+from lora_kit.training.processes.launcher import follow_launcher
 from lora_kit.training.step import training_step
 
 STEPS = 3

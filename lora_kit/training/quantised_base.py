@@ -16,10 +16,10 @@ from lora_kit.models.quantise import WeightError, error_of, held_bytes, quantise
 from lora_kit.recipe import Recipe
 from lora_kit.targeting.quantised import Quantised
 from lora_kit.training.conditions import Conditions
-from lora_kit.training.held_out import MeasuredSet, draw_losses
-from lora_kit.training.intervals import interval
 from lora_kit.training.objective import build_objective
 from lora_kit.training.prepared import PreparedData, place_networks
+from lora_kit.training.validation.held_out import MeasuredSet, draw_losses
+from lora_kit.training.validation.intervals import interval
 
 
 class QuantisedBase(NamedTuple):

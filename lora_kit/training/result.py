@@ -32,7 +32,7 @@ from lora_kit.training.folder import RunFolder
 from lora_kit.training.objective import schedule_facts
 from lora_kit.training.objects import ADAPTER, Run
 from lora_kit.training.precision import DTYPES
-from lora_kit.training.sharding import whole_network
+from lora_kit.training.processes.sharding import whole_network
 
 SAVE_DTYPES = {**DTYPES, "fp32": DTYPES["no"]}
 

@@ -14,25 +14,25 @@ from lora_kit.files import write_text
 from lora_kit.models.quantise import check_quantise
 from lora_kit.recipe import Recipe, dump_recipe
 from lora_kit.training.build import build_run
-from lora_kit.training.checkpoints import Progress
-from lora_kit.training.disk import full_disk_told
+from lora_kit.training.checkpoints.disk import full_disk_told
+from lora_kit.training.checkpoints.resume import begin
+from lora_kit.training.checkpoints.saving import interrupted, is_best, last_whole, link_best, save_now, write_checkpoint
+from lora_kit.training.checkpoints.state import Progress
 from lora_kit.training.finish import Outcome, finish_run
 from lora_kit.training.folder import RunFolder, prepare_folder
-from lora_kit.training.launch import build_accelerator, sharding_of
-from lora_kit.training.launcher import follow_launcher
-from lora_kit.training.measuring import Base
 from lora_kit.training.metrics import Metrics, NoMetrics
 from lora_kit.training.objects import Run
 from lora_kit.training.one_step import is_due, take_step
-from lora_kit.training.optimizers import check_optimizer
-from lora_kit.training.resume import begin
-from lora_kit.training.saving import interrupted, is_best, last_whole, link_best, save_now, write_checkpoint
-from lora_kit.training.shares import common_facts, takes_part, written_by_main
-from lora_kit.training.signals import StopSignals
-from lora_kit.training.together import agreed, common_checkpoint, lost_process_told, require_same
+from lora_kit.training.optimization.optimizers import check_optimizer
+from lora_kit.training.processes.launch import build_accelerator, sharding_of
+from lora_kit.training.processes.launcher import follow_launcher
+from lora_kit.training.processes.shares import common_facts, takes_part, written_by_main
+from lora_kit.training.processes.signals import StopSignals
+from lora_kit.training.processes.together import agreed, common_checkpoint, lost_process_told, require_same
 from lora_kit.training.trackers import check_trackers, start_trackers, stop_trackers
-from lora_kit.training.validation import validate
-from lora_kit.training.verdict import reason_to_stop, with_validation
+from lora_kit.training.validation.measuring import Base
+from lora_kit.training.validation.rounds import validate
+from lora_kit.training.validation.verdict import reason_to_stop, with_validation
 
 
 def train(recipe: Recipe) -> Outcome:

@@ -26,7 +26,7 @@ from lora_kit.training.objective import (
     sample_losses,
     wanted_prediction,
 )
-from lora_kit.training.sharding import is_sharded, whole
+from lora_kit.training.processes.sharding import is_sharded, whole
 
 BUCKET = 2**26
 """Elements of gradient summed over processes at a time: 256 MiB, beside a whole network's 3.4 GB."""

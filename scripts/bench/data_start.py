@@ -46,9 +46,9 @@ def measure(recipe_file: str, started: float) -> dict[str, float]:
     from lora_kit.models import load_bundle
     from lora_kit.progress import no_progress
     from lora_kit.recipe import load_recipe
-    from lora_kit.training.launch import build_accelerator
     from lora_kit.training.precision import base_dtype
     from lora_kit.training.prepared import prepare_data
+    from lora_kit.training.processes.launch import build_accelerator
 
     times = [started, time.monotonic()]
     recipe = load_recipe(recipe_file)

@@ -35,8 +35,8 @@ from lora_kit.data.cache import CacheStore, DiskLatents
 from lora_kit.models.loading import TINY_FOLDER
 from lora_kit.recipe import Recipe, load_recipe
 from lora_kit.training.build import build_run
-from lora_kit.training.launch import build_accelerator
 from lora_kit.training.objects import Run
+from lora_kit.training.processes.launch import build_accelerator
 from lora_kit.training.step import training_step
 
 RANK = 16

@@ -84,7 +84,7 @@ def timed(names: list[str], rounds: int) -> dict[str, float]:
     from lora_kit.data import make_loader
     from lora_kit.recipe import load_recipe
     from lora_kit.training.build import build_run
-    from lora_kit.training.launch import build_accelerator, use_cores
+    from lora_kit.training.processes.launch import build_accelerator, use_cores
     from lora_kit.training.step import training_step
 
     found: dict[str, list[float]] = {name: [] for name in names}

@@ -2,7 +2,7 @@
 
     python scripts/tiny_base/score.py --base tiny --pictures data/openmoji/color --kinds nature food
 
-The distance is `lora_kit.training.figures.retrieval`'s, in colour, among the pictures of the chosen kinds.
+The distance is `lora_kit.training.validation.figures.retrieval`'s, in colour, among the pictures of the chosen kinds.
 Retrieval and mean chroma do not see hue, so that is measured too: the mean angle between the a, b components
 (CIE Lab) of coloured pixels, for the drawn pictures and for the VAE's own reconstructions of the true ones.
 """
@@ -23,7 +23,7 @@ from lora_kit.inference.sampling import decode, to_pictures
 from lora_kit.models import ModelBundle, load_bundle
 from lora_kit.progress import progress
 from lora_kit.recipe import ModelSection
-from lora_kit.training.figures import mean_saturation, retrieval
+from lora_kit.training.validation.figures import mean_saturation, retrieval
 
 
 def lab(picture: Image.Image) -> np.ndarray:

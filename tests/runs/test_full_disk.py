@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_kit.training.checkpoint_folder import damage, find_checkpoints
+from lora_kit.training.checkpoints.folders import damage, find_checkpoints
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """

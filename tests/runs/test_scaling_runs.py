@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_kit.training.checkpoint_folder import damage, find_checkpoints, newest_whole
+from lora_kit.training.checkpoints.folders import damage, find_checkpoints, newest_whole
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "scripts" / "train_lora.py")

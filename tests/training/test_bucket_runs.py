@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import lora_kit.training.held_out as held_out_module
+import lora_kit.training.validation.held_out as held_out_module
 from lora_kit.data import collate
 from lora_kit.training import train
 from lora_kit.training.build import build_run
-from lora_kit.training.held_out import draw_losses
-from lora_kit.training.launch import build_accelerator
+from lora_kit.training.processes.launch import build_accelerator
 from lora_kit.training.step import training_step
+from lora_kit.training.validation.held_out import draw_losses
 
 ON = "data.buckets={step: 8, min_side: 8, max_side: 32}"
 

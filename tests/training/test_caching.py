@@ -20,7 +20,7 @@ from lora_kit.progress import no_progress
 from lora_kit.recipe import Recipe
 from lora_kit.training.caching import FilledCache, data_sets, fill_cache, open_cache, wanted_keys
 from lora_kit.training.encoders import load_encoders, trains_text_encoder
-from lora_kit.training.launch import build_accelerator
+from lora_kit.training.processes.launch import build_accelerator
 
 MakeRecipe = Callable[..., Recipe]
 

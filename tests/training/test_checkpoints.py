@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_kit.errors import TrainingError
 from lora_kit.recipe import TrainSection
-from lora_kit.training.checkpoint_folder import (
+from lora_kit.training.checkpoints.folders import (
     best_checkpoint,
     damage,
     find_checkpoints,
@@ -22,8 +22,8 @@ from lora_kit.training.checkpoint_folder import (
     set_damaged_aside,
     tidy,
 )
-from lora_kit.training.checkpoints import Progress, State, load_checkpoint, save_checkpoint
-from lora_kit.training.ema import WeightAverage
+from lora_kit.training.checkpoints.state import Progress, State, load_checkpoint, save_checkpoint
+from lora_kit.training.optimization.ema import WeightAverage
 
 FILES = ["ema.safetensors", "optimizer.safetensors", "state.json", "trainable.safetensors"]
 
@@ -157,7 +157,7 @@ def test_a_save_that_fails_leaves_the_others_and_nothing_of_itself(tmp_path, mon
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lora_kit.training.checkpoints.write_manifest", full)
+    monkeypatch.setattr("lora_kit.training.checkpoints.state.write_manifest", full)
     with pytest.raises(OSError, match="No space"):
         saved(tmp_path, 1)
     assert [entry.name for entry in tmp_path.iterdir()] == ["step-000001"]

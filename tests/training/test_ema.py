@@ -8,7 +8,7 @@ from schedulefree import AdamWScheduleFree
 from torch import nn
 
 from lora_kit.recipe import TrainSection
-from lora_kit.training.ema import WeightAverage
+from lora_kit.training.optimization.ema import WeightAverage
 
 
 @pytest.mark.parametrize(

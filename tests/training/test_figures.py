@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from lora_kit.training.figures import mean_saturation, retrieval
+from lora_kit.training.validation.figures import mean_saturation, retrieval
 
 
 def noise(seed: int) -> Image.Image:

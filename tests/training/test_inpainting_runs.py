@@ -25,8 +25,8 @@ from lora_kit.models.family.picture_inputs import PictureInputs
 from lora_kit.recipe import Recipe
 from lora_kit.training import train
 from lora_kit.training.build import build_run
-from lora_kit.training.launch import build_accelerator
 from lora_kit.training.objective import beside_latents
+from lora_kit.training.processes.launch import build_accelerator
 
 MakeRecipe = Callable[..., Recipe]
 RULES = (

@@ -8,7 +8,7 @@ from statistics import NormalDist
 
 import pytest
 
-from lora_kit.training.intervals import difference_of_means, interval, t_quantile
+from lora_kit.training.validation.intervals import difference_of_means, interval, t_quantile
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from lora_kit.errors import RecipeError
-from lora_kit.training.launcher import Sharding, follow_launcher, take_sharding
-from lora_kit.training.sharding import check_sharding
+from lora_kit.training.processes.launcher import Sharding, follow_launcher, take_sharding
+from lora_kit.training.processes.sharding import check_sharding
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "WORLD_SIZE": "2"}
 

@@ -8,7 +8,7 @@ from diffusers.optimization import get_polynomial_decay_schedule_with_warmup, ge
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup, get_inverse_sqrt_schedule
 
 from lora_kit.recipe import ScheduleSection
-from lora_kit.training.schedules import Rewarm, learning_rate_factor
+from lora_kit.training.optimization.schedules import Rewarm, learning_rate_factor
 
 STEPS = 40
 CASES = {

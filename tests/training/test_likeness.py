@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from lora_kit.errors import DataError
-from lora_kit.training.likeness import psnr, ssim
+from lora_kit.training.validation.likeness import psnr, ssim
 
 
 def noise_picture(seed: int, size: tuple[int, int] = (24, 17)) -> Image.Image:

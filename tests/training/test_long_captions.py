@@ -12,7 +12,7 @@ import pytest
 from lora_kit.recipe import Recipe
 from lora_kit.training import train
 from lora_kit.training.build import build_run
-from lora_kit.training.launch import build_accelerator
+from lora_kit.training.processes.launch import build_accelerator
 
 LONG = "apple " * 80
 TOLD = "captions are longer than the text encoder reads; cut off."

@@ -15,8 +15,8 @@ from lora_kit.models import load_bundle
 from lora_kit.targeting import ModuleInfo, Target
 from lora_kit.training import train
 from lora_kit.training.build import build_run
-from lora_kit.training.launch import build_accelerator
-from lora_kit.training.max_norm import Limited, limit_norms, update_norm
+from lora_kit.training.optimization.max_norm import Limited, limit_norms, update_norm
+from lora_kit.training.processes.launch import build_accelerator
 
 METHODS = {"lora": {"rank": 3}, "rslora": {"rank": 3}, "loha": {"rank": 2}, "lokr": {"rank": 1, "factor": 2}}
 

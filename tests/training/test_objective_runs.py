@@ -20,7 +20,6 @@ from lora_kit.models.pipelines import scheduler_named
 from lora_kit.recipe import ModelSection, ObjectiveSection, Recipe
 from lora_kit.training import train
 from lora_kit.training.build import build_run
-from lora_kit.training.launch import build_accelerator
 from lora_kit.training.objective import (
     adopt_schedule,
     build_objective,
@@ -31,6 +30,7 @@ from lora_kit.training.objective import (
     wanted_prediction,
 )
 from lora_kit.training.objects import Run
+from lora_kit.training.processes.launch import build_accelerator
 
 MakeRecipe = Callable[..., Recipe]
 

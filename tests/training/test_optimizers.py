@@ -12,8 +12,8 @@ from torch import nn
 from lora_kit.errors import RecipeError, TrainingError
 from lora_kit.recipe import Recipe
 from lora_kit.recipe.optimizer import OPTIMIZERS
-from lora_kit.training.optimizer_state import flatten_optimizer, restore_optimizer
-from lora_kit.training.optimizers import build_optimizer, check_optimizer, set_learning_rate
+from lora_kit.training.optimization.optimizer_state import flatten_optimizer, restore_optimizer
+from lora_kit.training.optimization.optimizers import build_optimizer, check_optimizer, set_learning_rate
 
 CPU = torch.device("cpu")
 ON_CPU = [name for name in OPTIMIZERS if not name.startswith("paged")]

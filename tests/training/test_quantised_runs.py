@@ -17,8 +17,8 @@ from lora_kit.errors import LoraKitError, TargetError
 from lora_kit.models import base_hash, load_bundle
 from lora_kit.training import train
 from lora_kit.training.build import build_run
-from lora_kit.training.measuring import measure_base
 from lora_kit.training.quantised_base import loss_line, means
+from lora_kit.training.validation.measuring import measure_base
 
 KINDS = ("nf4", "int8")
 BOTH = "targets={preset: all-linear, rank: 2, text_encoder: true}"

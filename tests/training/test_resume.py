@@ -13,9 +13,9 @@ import torch
 from lora_kit.errors import RecipeError, TrainingError
 from lora_kit.recipe import Recipe
 from lora_kit.training import train
-from lora_kit.training.checkpoints import Progress
-from lora_kit.training.measuring import Measured
-from lora_kit.training.resume import changed_keys, changed_rates
+from lora_kit.training.checkpoints.resume import changed_keys, changed_rates
+from lora_kit.training.checkpoints.state import Progress
+from lora_kit.training.validation.measuring import Measured
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,8 @@ from lora_kit.errors import AdapterFileError, RecipeError
 from lora_kit.models import load_bundle
 from lora_kit.training import train
 from lora_kit.training.build import build_run
-from lora_kit.training.launch import build_accelerator
-from lora_kit.training.resume import begin
+from lora_kit.training.checkpoints.resume import begin
+from lora_kit.training.processes.launch import build_accelerator
 
 
 def digest(path: Path) -> str:

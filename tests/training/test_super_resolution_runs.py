@@ -22,7 +22,7 @@ from lora_kit.merging.merge import merge
 from lora_kit.models import load_bundle, pipeline
 from lora_kit.recipe import ModelSection, Recipe, load_recipe
 from lora_kit.training import train
-from lora_kit.training.likeness import psnr
+from lora_kit.training.validation.likeness import psnr
 
 RECIPE = """
 model: {{base: {base}}}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from lora_kit.training.launch import use_cores
+from lora_kit.training.processes.launch import use_cores
 
 CORES = len(os.sched_getaffinity(0))
 

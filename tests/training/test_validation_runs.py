@@ -15,9 +15,9 @@ from safetensors import safe_open
 from lora_kit.errors import RecipeError
 from lora_kit.training import train
 from lora_kit.training.build import build_run
-from lora_kit.training.drawing import _read_tiles, spread
-from lora_kit.training.launch import build_accelerator
-from lora_kit.training.measuring import differences, gap_figures, held_out_figures, measure, measure_base
+from lora_kit.training.processes.launch import build_accelerator
+from lora_kit.training.validation.drawing import _read_tiles, spread
+from lora_kit.training.validation.measuring import differences, gap_figures, held_out_figures, measure, measure_base
 
 SPLIT = ("validation.held_out={count: 3}", "validation.every=1", "validation.drift_prompts=[a dog, a tree]")
 
@@ -113,8 +113,8 @@ def test_a_split_works_with_every_cache_and_buckets(make_recipe, tmp_path, cache
 
 def spoil_after(monkeypatch: pytest.MonkeyPatch, best: int) -> None:
     """Held-out losses that fall until step `best` and then rise, by more than their spread."""
-    from lora_kit.training.measuring import Measured
-    from lora_kit.training.measuring import measure as sound
+    from lora_kit.training.validation.measuring import Measured
+    from lora_kit.training.validation.measuring import measure as sound
 
     steps = iter(range(100))
 
@@ -123,7 +123,7 @@ def spoil_after(monkeypatch: pytest.MonkeyPatch, best: int) -> None:
         losses = [[abs(step - best) + 0.01 * picture] for picture in range(3)]
         return Measured(found.figures | {"held_out_loss": float(abs(step - best))}, losses)
 
-    monkeypatch.setattr("lora_kit.training.validation.measure", false)
+    monkeypatch.setattr("lora_kit.training.validation.rounds.measure", false)
 
 
 def test_early_stop_ends_in_the_normal_way_and_a_resume_does_not_go_past_it(make_recipe, tmp_path, monkeypatch):

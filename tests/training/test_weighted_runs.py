@@ -18,8 +18,8 @@ from lora_kit.models import ModelBundle, load_bundle
 from lora_kit.recipe import Recipe
 from lora_kit.training import train
 from lora_kit.training.build import build_run
-from lora_kit.training.launch import build_accelerator
 from lora_kit.training.objective import latent_moments, noised_latents
+from lora_kit.training.processes.launch import build_accelerator
 from lora_kit.training.step import base_prediction
 
 MakeRecipe = Callable[..., Recipe]

@@ -9,7 +9,7 @@ import torch
 
 from lora_kit.models import load_bundle
 from lora_kit.recipe import ModelSection
-from lora_kit.training.sharding import whole_network
+from lora_kit.training.processes.sharding import whole_network
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

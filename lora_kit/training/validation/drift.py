@@ -12,8 +12,8 @@ from lora_kit.diffusion import Draws, add_noise, generator_for, seed_for, strati
 from lora_kit.inference.sampling import SamplingSettings, sample_latents
 from lora_kit.models import ModelBundle
 from lora_kit.training.conditions import Conditions
-from lora_kit.training.held_out import BATCH
 from lora_kit.training.objective import Noised, Objective, wanted_prediction
+from lora_kit.training.validation.held_out import BATCH
 
 DRIFT_PROMPTS = (
     "a photo of a dog on a beach",

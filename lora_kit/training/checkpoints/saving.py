@@ -6,14 +6,14 @@ import signal
 from functools import partial
 
 from lora_kit.errors import LoraKitError
-from lora_kit.training.checkpoint_folder import mark_best, newest_whole, remove_old
-from lora_kit.training.checkpoints import Progress, checkpoint_name, save_checkpoint
-from lora_kit.training.disk import full_disk_told
+from lora_kit.training.checkpoints.disk import full_disk_told
+from lora_kit.training.checkpoints.folders import mark_best, newest_whole, remove_old
+from lora_kit.training.checkpoints.resume import state_of
+from lora_kit.training.checkpoints.state import Progress, checkpoint_name, save_checkpoint
 from lora_kit.training.folder import RunFolder
 from lora_kit.training.objects import Run
-from lora_kit.training.resume import state_of
-from lora_kit.training.shares import takes_part
-from lora_kit.training.signals import InterruptedRunError
+from lora_kit.training.processes.shares import takes_part
+from lora_kit.training.processes.signals import InterruptedRunError
 
 
 def is_best(run: Run, progress: Progress) -> bool:

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from lora_kit.errors import RecipeError
 from lora_kit.recipe import Recipe
 from lora_kit.recipe.rules import listed
-from lora_kit.training.launcher import Sharding
+from lora_kit.training.processes.launcher import Sharding
 
 _BY_ELEMENT = ("adamw", "adam", "sgd")
 

@@ -11,7 +11,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from lora_kit.recipe import TrainSection
-from lora_kit.training.sharding import is_sharded
+from lora_kit.training.processes.sharding import is_sharded
 
 
 class WeightAverage:

@@ -12,11 +12,11 @@ from lora_kit.diffusion import generator_for
 from lora_kit.inference import compose_grid, draw
 from lora_kit.models.family.inpainting import FillsMasks
 from lora_kit.models.family.picture_inputs import PictureInputs
-from lora_kit.training.drawing import at_strength, save_picture, settings_of, strengths_of
 from lora_kit.training.folder import RunFolder
 from lora_kit.training.metrics import Metrics
 from lora_kit.training.objects import Run
 from lora_kit.training.prepared import visiting
+from lora_kit.training.validation.drawing import at_strength, save_picture, settings_of, strengths_of
 
 GREY = (128, 128, 128)
 

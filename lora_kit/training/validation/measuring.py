@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lora_kit.recipe import ValidationSection
-from lora_kit.training.drawing import at_strength, settings_of
-from lora_kit.training.drift import DRIFT_PROMPTS, STEPS, DriftReference, drift, drift_reference
-from lora_kit.training.held_out import MeasuredSet, draw_losses
-from lora_kit.training.intervals import Interval, difference_of_means, interval
 from lora_kit.training.objects import Run
 from lora_kit.training.prepared import visiting
-from lora_kit.training.shares import takes_part
+from lora_kit.training.processes.shares import takes_part
+from lora_kit.training.validation.drawing import at_strength, settings_of
+from lora_kit.training.validation.drift import DRIFT_PROMPTS, STEPS, DriftReference, drift, drift_reference
+from lora_kit.training.validation.held_out import MeasuredSet, draw_losses
+from lora_kit.training.validation.intervals import Interval, difference_of_means, interval
 
 Losses = list[list[float]]
 """Of each picture, at each of its timesteps."""

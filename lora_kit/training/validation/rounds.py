@@ -7,16 +7,16 @@ from typing import Any
 
 from lora_kit.files import write_text
 from lora_kit.inference import compose_grid
-from lora_kit.training.checkpoints import Progress
-from lora_kit.training.drawing import draw_at, draw_final, draw_step, save_picture
-from lora_kit.training.figures import mean_saturation, retrieval
-from lora_kit.training.filling import draw_filled
+from lora_kit.training.checkpoints.state import Progress
 from lora_kit.training.folder import RunFolder
-from lora_kit.training.measuring import Base, Measured, measure
 from lora_kit.training.metrics import Metrics
 from lora_kit.training.objects import Run
-from lora_kit.training.restoring import final_restoring, restores, restoring_figures
-from lora_kit.training.verdict import reason_to_stop, verdict
+from lora_kit.training.validation.drawing import draw_at, draw_final, draw_step, save_picture
+from lora_kit.training.validation.figures import mean_saturation, retrieval
+from lora_kit.training.validation.filling import draw_filled
+from lora_kit.training.validation.measuring import Base, Measured, measure
+from lora_kit.training.validation.restoring import final_restoring, restores, restoring_figures
+from lora_kit.training.validation.verdict import reason_to_stop, verdict
 
 
 def validate(run: Run, folder: RunFolder, metrics: Metrics, step: int, base: Base) -> Measured:

@@ -11,8 +11,8 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from lora_kit.errors import RecipeError
 from lora_kit.recipe import Recipe
-from lora_kit.training.launcher import Sharding, take_sharding
-from lora_kit.training.sharding import check_sharding
+from lora_kit.training.processes.launcher import Sharding, take_sharding
+from lora_kit.training.processes.sharding import check_sharding
 from lora_kit.training.trackers import logging_folder
 
 

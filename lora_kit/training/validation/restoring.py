@@ -15,13 +15,13 @@ from PIL import Image
 from lora_kit.data import Batch, collate
 from lora_kit.inference import PictureInputs, compose_grid, draw
 from lora_kit.models.family.picture_inputs import as_image
-from lora_kit.training.drawing import at_strength, save_picture, settings_of
 from lora_kit.training.folder import RunFolder
-from lora_kit.training.likeness import psnr, ssim
 from lora_kit.training.metrics import Metrics
 from lora_kit.training.objective import beside_latents
 from lora_kit.training.objects import Run
 from lora_kit.training.prepared import visiting
+from lora_kit.training.validation.drawing import at_strength, save_picture, settings_of
+from lora_kit.training.validation.likeness import psnr, ssim
 
 
 class Pair(NamedTuple):

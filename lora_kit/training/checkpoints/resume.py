@@ -9,12 +9,12 @@ from typing import Any, NamedTuple, cast
 
 from lora_kit.errors import RecipeError
 from lora_kit.recipe import Recipe, ScheduleSection
-from lora_kit.training.checkpoints import Progress, State, load_checkpoint, losses_known
-from lora_kit.training.measuring import Base, measure_base, measured_with
+from lora_kit.training.checkpoints.state import Progress, State, load_checkpoint, losses_known
 from lora_kit.training.objects import ADAPTER, Run
+from lora_kit.training.optimization.schedules import Rewarm, learning_rate_factor
 from lora_kit.training.quantised_base import loss_line
-from lora_kit.training.schedules import Rewarm, learning_rate_factor
 from lora_kit.training.start import begin_at
+from lora_kit.training.validation.measuring import Base, measure_base, measured_with
 
 DATA_CHANGED = (
     "The pictures, captions or repeats are not those that the checkpoint was made with: the run goes on with what is "

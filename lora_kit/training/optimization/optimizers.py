@@ -17,8 +17,8 @@ from lora_kit.recipe import OptimizerSection, Recipe
 from lora_kit.recipe.optimizer import OPTIMIZERS
 from lora_kit.targeting import TargetPlan
 from lora_kit.targeting.rates import module_rates
-from lora_kit.training.one_rate import OneRateEach
-from lora_kit.training.sharding import is_sharded
+from lora_kit.training.optimization.one_rate import OneRateEach
+from lora_kit.training.processes.sharding import is_sharded
 
 _FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
 

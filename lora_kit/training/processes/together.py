@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from lora_kit.errors import TrainingError
 from lora_kit.recipe import Recipe
-from lora_kit.training.checkpoint_folder import damage
+from lora_kit.training.checkpoints.folders import damage
 from lora_kit.training.folder import checkpoint_to_resume
 
 _T = TypeVar("_T")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lora_kit.errors import TrainingError
-from lora_kit.training.one_rate import OneRateEach
-from lora_kit.training.sharding import placed, whole
+from lora_kit.training.optimization.one_rate import OneRateEach
+from lora_kit.training.processes.sharding import placed, whole
 
 _RECIPES_OWN = {"params", "lr", "peak_lr", "initial_lr"}
 

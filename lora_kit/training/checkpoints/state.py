@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_kit.errors import TrainingError
-from lora_kit.training.checkpoint_folder import damage, put_in_place, temporary_folder, write_manifest
-from lora_kit.training.ema import WeightAverage
-from lora_kit.training.optimizer_state import flatten_optimizer, restore_optimizer
-from lora_kit.training.sharding import placed, whole
+from lora_kit.training.checkpoints.folders import damage, put_in_place, temporary_folder, write_manifest
+from lora_kit.training.optimization.ema import WeightAverage
+from lora_kit.training.optimization.optimizer_state import flatten_optimizer, restore_optimizer
+from lora_kit.training.processes.sharding import placed, whole
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from lora_kit.recipe import EarlyStopSection
-from lora_kit.training.checkpoints import Progress
-from lora_kit.training.measuring import Measured, paired
+from lora_kit.training.checkpoints.state import Progress
+from lora_kit.training.validation.measuring import Measured, paired
 
 
 def with_validation(progress: Progress, measured: Measured) -> Progress:

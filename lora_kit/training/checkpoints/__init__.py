@@ -1,0 +1,1 @@
+"""Checkpoints of a run: written whole, found again, resumed to the same bits."""

@@ -1,0 +1,1 @@
+"""Optimizers with their states, learning rates, limits on updates, and averaged weights."""
