@@ -25,9 +25,9 @@ class Plain(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     down: Tensor
-    """fp32 [r, in, …]."""
+    """[r, in, …], fp32 as a rule, whatever the base's precision."""
     up: Tensor
-    """fp32 [out, r, …]."""
+    """[out, r, …], likewise."""
     scale: float
 
 
@@ -40,7 +40,7 @@ class JoinedLinear(Linear):
         dtype = _common_dtype(x, plain)
         if plain is None or dtype is None:
             return super().forward(x, *args, **kwargs)
-        return cast(Tensor, _Linear.apply(x.to(dtype), *_cast(plain, dtype), plain.scale))
+        return cast(Tensor, _Linear.apply(x.to(dtype), *plain))
 
 
 class JoinedConv2d(Conv2d):
@@ -53,8 +53,7 @@ class JoinedConv2d(Conv2d):
         base = cast(nn.Conv2d, self.base_layer)
         if plain is None or dtype is None or x.ndim != 4 or not _is_usual(base):
             return super().forward(x, *args, **kwargs)
-        window = (base.stride, base.padding)
-        return cast(Tensor, _Conv.apply(x.to(dtype), *_cast(plain, dtype), plain.scale, window))
+        return cast(Tensor, _Conv.apply(x.to(dtype), *plain, (base.stride, base.padding)))
 
 
 def _is_usual(conv: nn.Conv2d) -> bool:
@@ -96,47 +95,47 @@ def _common_dtype(x: Tensor, plain: Plain | None) -> torch.dtype | None:
     return x.dtype if {x.dtype} == {plain.weight.dtype, plain.down.dtype, plain.up.dtype} else None
 
 
-def _cast(plain: Plain, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    return plain.weight, plain.bias, plain.down.to(dtype), plain.up.to(dtype)
-
-
 class _Linear(torch.autograd.Function):
-    """x [..., in], weight [out, in], bias [out] or None, down [r, in], up [out, r], all of one precision."""
+    """x [..., in], weight [out, in], bias [out] or None, all of one precision; down [r, in], up [out, r] of any."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
     ) -> Tensor:
+        ctx.scale, ctx.precision = scale, down.dtype
+        down, up = down.to(x.dtype), up.to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             y = functional.linear(x, weight, bias)
             inner = x.reshape(-1, x.shape[-1]) @ down.t()
             y.view(-1, y.shape[-1]).addmm_(inner, up.t(), alpha=scale)
         ctx.save_for_backward(x, weight, down, up, inner)
-        ctx.scale = scale
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, down, up, inner = ctx.saved_tensors
+        needs = ctx.needs_input_grad
         rows = dy.reshape(-1, dy.shape[-1])
         with torch.autocast(dy.device.type, enabled=False):
-            d_inner = (rows @ up).mul_(ctx.scale)
-            d_up = (rows.t() @ inner).mul_(ctx.scale) if ctx.needs_input_grad[4] else None
-            d_down = d_inner.t() @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[3] else None
+            d_inner = _scaled(rows @ up, ctx.scale)
+            d_up = _scaled(rows.t() @ inner, ctx.scale).to(ctx.precision) if needs[4] else None
+            d_down = (d_inner.t() @ x.reshape(-1, x.shape[-1])).to(ctx.precision) if needs[3] else None
             dx = None
-            if ctx.needs_input_grad[0]:
+            if needs[0]:
                 dx = (rows @ weight).addmm_(d_inner, down).view(x.shape)
         return dx, None, None, d_down, d_up, None
 
 
 class _Conv(torch.autograd.Function):
-    """x [b, in, h, w], weight [out, in, kh, kw], down [r, in, kh, kw], up [out, r, 1, 1], all of one precision."""
+    """x [b, in, h, w], weight [out, in, kh, kw], bias [out] or None; down [r, in, kh, kw], up [out, r, 1, 1]."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float, window: Any
     ) -> Tensor:
+        ctx.scale, ctx.window, ctx.precision = scale, window, down.dtype
+        down, up = down.to(x.dtype), up.to(x.dtype)
         stride, padding = window
         with torch.autocast(x.device.type, enabled=False):
             y = functional.conv2d(x, weight, bias, stride, padding)
@@ -147,7 +146,6 @@ class _Conv(torch.autograd.Function):
             else:
                 rows.addmm_(_as_rows(inner), up.flatten(1).t(), alpha=scale)
         ctx.save_for_backward(x, weight, down, up, inner)
-        ctx.scale, ctx.window = scale, window
         return y
 
     @staticmethod
@@ -157,13 +155,54 @@ class _Conv(torch.autograd.Function):
         needs = ctx.needs_input_grad
         with torch.autocast(dy.device.type, enabled=False):
             rows = _as_rows(dy)
-            d_inner = _like((rows @ up.flatten(1)).mul_(ctx.scale), inner)
-            d_up = (rows.t() @ _as_rows(inner)).mul_(ctx.scale).view(up.shape) if needs[4] else None
+            d_inner = _like(_scaled(rows @ up.flatten(1), ctx.scale), inner)
+            d_up = None
+            if needs[4]:
+                d_up = _scaled(rows.t() @ _as_rows(inner), ctx.scale).view(up.shape).to(ctx.precision)
             dx = _conv_backward(dy, x, weight, ctx.window, (needs[0], False))[0] if needs[0] else None
-            more, d_down = _conv_backward(d_inner, x, down, ctx.window, (needs[0], needs[3]))
-            if dx is not None and more is not None:
-                dx.add_(more)
-        return dx, None, None, d_down, d_up, None, None
+            dx, d_down = _down_backward(d_inner, x, down, ctx.window, dx, needs[3])
+        return dx, None, None, None if d_down is None else d_down.to(ctx.precision), d_up, None, None
+
+
+def _scaled(made: Tensor, scale: float) -> Tensor:
+    return made if scale == 1 else made.mul_(scale)
+
+
+def _down_backward(
+    d_inner: Tensor, x: Tensor, down: Tensor, window: Any, dx: Tensor | None, wants_down: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx with the first factor's part added, and the first factor's gradient.
+
+    A convolution to r channels leaves most of a processor idle. Its gradients are matrix products once the r channels
+    of d_inner (not the many of x) are laid out tap by tap: both come from the same [b·h·w, kh·kw·r].
+    """
+    taps = _taps(d_inner, down.shape[2:], window)
+    rows = None if dx is None else _rows_of(dx)
+    if taps is None or (dx is not None and rows is None):
+        more, d_down = _conv_backward(d_inner, x, down, window, (dx is not None, wants_down))
+        return (dx.add_(more) if dx is not None and more is not None else None), d_down
+    r, channels, height, width = down.shape
+    if rows is not None:
+        rows.addmm_(taps, down.flip(2, 3).permute(2, 3, 0, 1).reshape(-1, channels))
+    if not wants_down:
+        return dx, None
+    d_down = (taps.t() @ _as_rows(x)).view(height, width, r, channels)
+    return dx, d_down.flip(0, 1).permute(2, 3, 0, 1)
+
+
+def _taps(d_inner: Tensor, kernel: Any, window: Any) -> Tensor | None:
+    """d_inner [b, r, h, w] as [b·h·w, kh·kw·r]: what each place of the input got from its neighbours, the last tap
+    first. None for a strided convolution, whose places do not match."""
+    (stride, padding), edges = window, []
+    if tuple(stride) != (1, 1) or any(pad >= size for size, pad in zip(kernel, padding, strict=True)):
+        return None
+    for size, pad in zip(kernel, padding, strict=True):
+        edges = [size - 1 - pad, size - 1 - pad, *edges]
+    if tuple(kernel) == (1, 1):
+        return _as_rows(d_inner)
+    padded = functional.pad(d_inner.permute(0, 2, 3, 1), (0, 0, *edges))
+    places = padded.unfold(1, kernel[0], 1).unfold(2, kernel[1], 1).permute(0, 1, 2, 4, 5, 3)
+    return places.reshape(-1, kernel[0] * kernel[1] * d_inner.shape[1])
 
 
 def _conv_backward(

@@ -1,7 +1,7 @@
 """The two sheets of docs/models/inpainting.md: drawing from a picture, and filling a masked part of one.
 
     python scripts/tiny_base/picture_inputs.py --pictures data/openmoji/color \
-        --inpainting runs/tiny-inpainting/run/model --fresh runs/tiny-inpainting/fresh --out docs/models
+        --inpainting runs/tiny-inpainting/run/model_ema --fresh runs/tiny-inpainting/fresh --out docs/models
 
 img2img.png: pictures drawn anew under another prompt, at rising strength, by the tiny base.
 
