@@ -152,6 +152,7 @@ FAMILIES: dict[str, Family] = {
     "SD 1.5": Family(lambda quick: stable_diffusion("SD 1.5", {}, {}, quick), 512),
     "SD 1.5 inpainting": Family(lambda quick: stable_diffusion("SD 1.5", {}, INPAINTING, quick), 512),
     "SD 2.1 base": Family(lambda quick: stable_diffusion("SD 2.1", {}, {"sample_size": 64}, quick), 512),
+    "SD 2 inpainting": Family(lambda quick: stable_diffusion("SD 2.1", {}, INPAINTING, quick), 512),
     "SD 2.1 (v)": Family(lambda quick: stable_diffusion("SD 2.1", V, {}, quick), 768),
     "LDM text2im-256": Family(text2im, 256, {"targets": {"text_encoder": True}, "save": {"format": "diffusers"}}),
     "LDM super-resolution": Family(super_resolution, 256, {"save": {"format": "diffusers"}}),

@@ -3,14 +3,14 @@
     python scripts/tiny_base/openmoji.py --out data/openmoji                    # the pictures, 64 x 64
     python scripts/ldm/superres.py --pictures data/openmoji/color --out runs/ldm-superres/fresh
     accelerate launch scripts/train_lora.py scripts/ldm/superres_base.yaml      # the UNet, on bicubic pairs
-    accelerate launch scripts/train_lora.py scripts/ldm/superres_lora.yaml      # a LoRA: blurred, noisy JPEGs
+    accelerate launch scripts/train_lora.py scripts/ldm/superres_lora.yaml      # a LoRA: noisy pictures
 
 In the structure of CompVis/ldm-super-resolution-4x-openimages: 64 x 64 pixels to 3 x 16 x 16 latents, six channels in
 and three out. Pictures of kind `food` are seen by none of the four: the recipes hold them out.
 
 The first stage is trained without its codebook; then its latents are turned to zero mean and unit variance (diffusers'
 pipeline scales them by nothing), the codebook is laid among them by k-means, and the decoder learns to live with it.
-Three channels learn hue last: after 700 steps colours are still wrong, which is then the most that the UNet can do.
+Three channels learn hue last (700 steps are too few), and what the decoder cannot give back no UNet can.
 """
 
 from __future__ import annotations

@@ -47,6 +47,7 @@ def unet_of(families, monkeypatch, name: str) -> dict:
         ("SD 1.5", PUBLISHED["sd1"].unet),
         ("SD 1.5 inpainting", PUBLISHED["sd1-inpainting"].unet),
         ("SD 2.1 base", PUBLISHED["sd2-base"].unet),
+        ("SD 2 inpainting", PUBLISHED["sd2-inpainting"].unet),
         ("SD 2.1 (v)", PUBLISHED["sd2-v"].unet),
         ("LDM super-resolution", REAL_UNET),
     ],
