@@ -3,7 +3,8 @@
 from lora_kit.inference.generate import Picture, generate, grid
 from lora_kit.inference.grids import compose_grid
 from lora_kit.inference.prepare import Prepared, default_settings, prepare, scale_adapters
-from lora_kit.inference.sampling import SamplingSettings, draw
+from lora_kit.inference.sampling import draw
+from lora_kit.inference.settings import SamplingSettings
 from lora_kit.models.family.picture_inputs import PictureInputs
 
 __all__ = [

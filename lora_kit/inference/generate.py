@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from PIL import Image
 
+from lora_kit.inference.captions import CaptionStates
 from lora_kit.inference.grids import compose_grid
-from lora_kit.inference.prepare import Prepared, scale_adapters
-from lora_kit.inference.sampling import SamplingSettings, draw
+from lora_kit.inference.prepare import Prepared
+from lora_kit.inference.sampling import draw
+from lora_kit.inference.settings import SamplingSettings
 from lora_kit.inference.starts import Inputs
+from lora_kit.inference.strengths import at_strengths, text_depends_on_strength
 from lora_kit.progress import ProgressBar, no_progress
 
 
@@ -36,18 +40,8 @@ def generate(
     inputs: what each prompt is drawn from, as many as prompts; None: from noise alone. At scale 0 the picture is the
     base's bit for bit.
     """
-    scale_adapters(prepared, scales)
-    jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
-    each = None if inputs is None else [one for one in inputs for _ in seeds]
-    images = draw(
-        prepared.bundle,
-        [prompt for prompt, _ in jobs],
-        [seed for _, seed in jobs],
-        settings=settings,
-        inputs=each,
-        progress=progress,
-    )
-    return [Picture(image, prompt, seed) for image, (prompt, seed) in zip(images, jobs, strict=True)]
+    captions = CaptionStates(prepared.bundle, settings.long_prompts)
+    return _column(prepared, prompts, seeds, settings, _Shared(scales, captions, progress, inputs))
 
 
 def grid(
@@ -60,11 +54,48 @@ def grid(
     inputs: Inputs = None,
 ) -> Image.Image:
     """A labelled sheet: a row for each prompt and seed, a column for each strength (of all adapters alike). inputs: as
-    in `generate`."""
-    columns = [
-        generate(prepared, prompts, seeds, [strength] * len(prepared.adapters), settings, progress, inputs)
-        for strength in strengths
-    ]
-    rows = [[column[index].image for column in columns] for index in range(len(columns[0]))]
-    labels = [f"{picture.prompt}\nseed {picture.seed}" if len(seeds) > 1 else picture.prompt for picture in columns[0]]
+    in `generate`.
+
+    Each cell is the picture that `generate` draws at that strength. Captions are encoded once for all columns where no
+    adapter changes the text encoder, and a strength that is asked for twice is drawn once.
+    """
+    bundle = prepared.bundle
+    captions = CaptionStates(bundle, settings.long_prompts)
+    drawn: dict[float, list[Picture]] = {}
+    for strength in dict.fromkeys(strengths):
+        if text_depends_on_strength(prepared):
+            captions = CaptionStates(bundle, settings.long_prompts)
+        shared = _Shared([strength] * len(prepared.adapters), captions, progress, inputs)
+        drawn[strength] = _column(prepared, prompts, seeds, settings, shared)
+    pictures = drawn[strengths[0]]
+    rows = [[drawn[strength][index].image for strength in strengths] for index in range(len(pictures))]
+    labels = [f"{picture.prompt}\nseed {picture.seed}" if len(seeds) > 1 else picture.prompt for picture in pictures]
     return compose_grid(rows, labels, [f"strength {strength:g}" for strength in strengths])
+
+
+class _Shared(NamedTuple):
+    """What a column is drawn with besides prompts and seeds."""
+
+    scales: Sequence[float]
+    captions: CaptionStates
+    progress: ProgressBar
+    inputs: Inputs
+
+
+def _column(
+    prepared: Prepared, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings, shared: _Shared
+) -> list[Picture]:
+    jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    each = None if shared.inputs is None else [one for one in shared.inputs for _ in seeds]
+    # Folding comes first: a weight that changes in inference mode has no version counter to tell of it.
+    with at_strengths(prepared, shared.scales), torch.inference_mode():
+        images = draw(
+            prepared.bundle,
+            [prompt for prompt, _ in jobs],
+            [seed for _, seed in jobs],
+            settings=settings,
+            inputs=each,
+            captions=shared.captions,
+            progress=shared.progress,
+        )
+    return [Picture(image, prompt, seed) for image, (prompt, seed) in zip(images, jobs, strict=True)]
