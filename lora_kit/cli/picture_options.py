@@ -10,6 +10,7 @@ from lora_kit.errors import RecipeError
 
 SAMPLER_HELP = "ddim, ddpm, dpm++, dpm++-sde, euler, euler-a, heun, pndm or unipc."
 ETA_HELP = "Noise that ddim adds on the way: 0 is none, 1 is as much as ddpm's."
+BATCH_HELP = "Pictures drawn at once. It changes them by rounding only. Default: as many as fit the memory at hand."
 PROMPT_HELP = "What to draw. May be given several times. A super-resolution base takes none, but --image."
 IMAGE_HELP = "Picture to begin at, or to enlarge; one for all prompts, or given once for each."
 MASK_HELP = "What of the picture is drawn anew (white); the rest is kept. In the picture's size; as many as pictures."

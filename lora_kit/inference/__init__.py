@@ -1,6 +1,6 @@
 """Pictures from a base and scaled adapters."""
 
-from lora_kit.inference.generate import Picture, generate, grid
+from lora_kit.inference.generate import Picture, generate, generate_columns, grid
 from lora_kit.inference.grids import compose_grid
 from lora_kit.inference.prepare import Prepared, default_settings, prepare, scale_adapters
 from lora_kit.inference.sampling import draw
@@ -16,6 +16,7 @@ __all__ = [
     "default_settings",
     "draw",
     "generate",
+    "generate_columns",
     "grid",
     "prepare",
     "scale_adapters",

@@ -77,12 +77,22 @@ def picture_bytes(bundle: ModelBundle, settings: SamplingSettings) -> int:
     factor = vae_factor(bundle)
     config: Any = bundle.unet.config
     cells = (settings.width // factor) * (settings.height // factor)
-    rows = 2 if settings.guidance > 1 and bundle.has_text else 1
-    return rows * ROW_WIDTHS * cells * int(config.block_out_channels[0]) * bundle.unet.conv_in.weight.element_size()
+    return (
+        rows_of(bundle, settings)
+        * ROW_WIDTHS
+        * cells
+        * int(config.block_out_channels[0])
+        * bundle.unet.conv_in.weight.element_size()
+    )
 
 
 ROW_WIDTHS = 30
 """Peak of a forward without gradients, per row, in tensors [block_out_channels[0], h, w]."""
+
+
+def rows_of(bundle: ModelBundle, settings: SamplingSettings) -> int:
+    """Rows of the network's batch that a picture is: two with guidance."""
+    return 2 if settings.guidance > 1 and bundle.has_text else 1
 
 
 def memory_at_hand(device: torch.device) -> int | None:

@@ -53,24 +53,35 @@ def grid(
     progress: ProgressBar = no_progress,
     inputs: Inputs = None,
 ) -> Image.Image:
-    """A labelled sheet: a row for each prompt and seed, a column for each strength (of all adapters alike). inputs: as
-    in `generate`.
-
-    Each cell is the picture that `generate` draws at that strength. Captions are encoded once for all columns where no
-    adapter changes the text encoder, and a strength that is asked for twice is drawn once.
-    """
-    bundle = prepared.bundle
-    captions = CaptionStates(bundle, settings.long_prompts)
-    drawn: dict[float, list[Picture]] = {}
-    for strength in dict.fromkeys(strengths):
-        if text_depends_on_strength(prepared):
-            captions = CaptionStates(bundle, settings.long_prompts)
-        shared = _Shared([strength] * len(prepared.adapters), captions, progress, inputs)
-        drawn[strength] = _column(prepared, prompts, seeds, settings, shared)
+    """A labelled sheet: a row for each prompt and seed, a column for each strength. Arguments as `generate_columns`."""
+    drawn = generate_columns(prepared, prompts, seeds, strengths, settings, progress, inputs)
     pictures = drawn[strengths[0]]
     rows = [[drawn[strength][index].image for strength in strengths] for index in range(len(pictures))]
     labels = [f"{picture.prompt}\nseed {picture.seed}" if len(seeds) > 1 else picture.prompt for picture in pictures]
     return compose_grid(rows, labels, [f"strength {strength:g}" for strength in strengths])
+
+
+def generate_columns(
+    prepared: Prepared,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    strengths: Sequence[float],
+    settings: SamplingSettings,
+    progress: ProgressBar = no_progress,
+    inputs: Inputs = None,
+) -> dict[float, list[Picture]]:
+    """Strength (of all adapters alike) → the pictures that `generate` draws there. inputs: as there.
+
+    Captions are encoded once for all strengths where no adapter changes the text encoder, and a strength that is asked
+    for twice is drawn once.
+    """
+    captions, drawn = CaptionStates(prepared.bundle, settings.long_prompts), dict[float, list[Picture]]()
+    for strength in dict.fromkeys(strengths):
+        if text_depends_on_strength(prepared):
+            captions = CaptionStates(prepared.bundle, settings.long_prompts)
+        shared = _Shared([strength] * len(prepared.adapters), captions, progress, inputs)
+        drawn[strength] = _column(prepared, prompts, seeds, settings, shared)
+    return drawn
 
 
 class _Shared(NamedTuple):
@@ -88,7 +99,7 @@ def _column(
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
     each = None if shared.inputs is None else [one for one in shared.inputs for _ in seeds]
     # Folding comes first: a weight that changes in inference mode has no version counter to tell of it.
-    with at_strengths(prepared, shared.scales), torch.inference_mode():
+    with at_strengths(prepared, shared.scales, settings, len(jobs)), torch.inference_mode():
         images = draw(
             prepared.bundle,
             [prompt for prompt, _ in jobs],
