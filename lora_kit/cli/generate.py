@@ -28,6 +28,7 @@ from lora_kit.cli.options import (
 from lora_kit.cli.picture_options import (
     BATCH_HELP,
     ETA_HELP,
+    HELP_GROUPS,
     IMAGE_HELP,
     MASK_HELP,
     PROMPT_HELP,
@@ -36,6 +37,8 @@ from lora_kit.cli.picture_options import (
     picture_options,
     prompts_or_pictures,
 )
+
+__all__ = ["HELP_GROUPS", "command"]
 
 
 def command(

@@ -29,6 +29,7 @@ from lora_kit.cli.options import (
 from lora_kit.cli.picture_options import (
     BATCH_HELP,
     ETA_HELP,
+    HELP_GROUPS,
     IMAGE_HELP,
     MASK_HELP,
     PROMPT_HELP,
@@ -38,6 +39,8 @@ from lora_kit.cli.picture_options import (
     prompts_or_pictures,
 )
 from lora_kit.errors import RecipeError
+
+__all__ = ["HELP_GROUPS", "command"]
 
 
 def command(

@@ -15,6 +15,14 @@ PROMPT_HELP = "What to draw. May be given several times. A super-resolution base
 IMAGE_HELP = "Picture to begin at, or to enlarge; one for all prompts, or given once for each."
 MASK_HELP = "What of the picture is drawn anew (white); the rest is kept. In the picture's size; as many as pictures."
 STRENGTH_HELP = "How much of the picture is drawn anew, above 0 to 1. Default: 0.8, with a mask 1."
+HELP_GROUPS = {
+    "What is drawn": ("prompt", "negative", "seed", "seeds", "count", "size", "out", "overwrite"),
+    "Adapters and learned tokens": ("adapter", "scales", "scale", "block_weights", "embedding"),
+    "From a picture": ("image", "mask", "strength"),
+    "Sampler": ("steps", "guidance", "sampler", "eta"),
+    "Base and machine": ("prediction_type", "tokenizer", "long_prompts", "dtype", "batch_size"),
+}
+"""Headings of the help of `generate` and `grid`."""
 
 
 class PictureOptions(NamedTuple):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lora_kit.adapters import fuse, unfuse
 from lora_kit.adapters.layers import live_layers
+from lora_kit.adapters.record import is_fused
 from lora_kit.inference.batching import SHARE_OF_FREE, memory_at_hand, rows_of
 from lora_kit.inference.prepare import Prepared, scale_adapters
 from lora_kit.inference.settings import SamplingSettings
@@ -38,15 +39,16 @@ def at_strengths(
         fuse(prepared.bundle)
         yield
     finally:
-        unfuse(prepared.bundle)
+        if is_fused(prepared.bundle.components):  # not where `fuse` refused
+            unfuse(prepared.bundle)
 
 
 FOLDING_WORK = 256
 """Latent cells that go through the network before folding pays, for each channel of its first block.
 
 Live layers cost in proportion to cells × rank × widths, folding to the weights, widths squared. Measured with rank 16
-on every linear layer and convolution, fp32, two cores: SD 1.5 at 256 px 0.16 CPU s a row (8 rows at once) against
-12 CPU s for folding and restoring; the tiny base 0.005 against 0.08.
+on every linear layer and convolution, fp32, one thread: SD 1.5 at 256 px 0.16 CPU s a row (8 rows at once) against
+9 CPU s for folding and restoring; the tiny base 0.005 against 0.08.
 """
 
 
