@@ -57,16 +57,20 @@ def start_key(inputs: Inputs, place: int) -> Hashable:
     return None if inputs is None else id(inputs[place])
 
 
-def fitting_batch_size(bundle: ModelBundle, settings: SamplingSettings) -> int:
-    """How many pictures of this size are drawn at once: `settings.batch_size`, or as many as BATCH_PIXELS and half of
-    the memory at hand allow."""
+def usual_batch_size(settings: SamplingSettings) -> int:
+    """How many pictures of this size are drawn at once: `settings.batch_size`, or as many as BATCH_PIXELS allows. The
+    same on every machine, as processes that draw with one sharded network need it."""
     if settings.batch_size is not None:
         return settings.batch_size
-    wanted = max(1, min(LARGEST_BATCH, BATCH_PIXELS // (settings.width * settings.height)))
-    free = memory_at_hand(bundle.device)
-    if free is None:
-        return wanted
-    return max(1, min(wanted, int(free * SHARE_OF_FREE) // picture_bytes(bundle, settings)))
+    return max(1, min(LARGEST_BATCH, BATCH_PIXELS // (settings.width * settings.height)))
+
+
+def fitting_batch_size(bundle: ModelBundle, settings: SamplingSettings) -> int:
+    """As `usual_batch_size`, and unless asked for no more than half of the memory at hand holds."""
+    usual, free = usual_batch_size(settings), memory_at_hand(bundle.device)
+    if settings.batch_size is not None or free is None:
+        return usual
+    return max(1, min(usual, int(free * SHARE_OF_FREE) // picture_bytes(bundle, settings)))
 
 
 def picture_bytes(bundle: ModelBundle, settings: SamplingSettings) -> int:

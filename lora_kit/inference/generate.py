@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from PIL import Image
 
+from lora_kit.inference.batching import fitting_batch_size
 from lora_kit.inference.captions import CaptionStates
 from lora_kit.inference.grids import compose_grid
 from lora_kit.inference.prepare import Prepared
@@ -100,11 +102,12 @@ def _column(
     each = None if shared.inputs is None else [one for one in shared.inputs for _ in seeds]
     # Folding comes first: a weight that changes in inference mode has no version counter to tell of it.
     with at_strengths(prepared, shared.scales, settings, len(jobs)), torch.inference_mode():
+        size = fitting_batch_size(prepared.bundle, settings)
         images = draw(
             prepared.bundle,
             [prompt for prompt, _ in jobs],
             [seed for _, seed in jobs],
-            settings=settings,
+            settings=replace(settings, batch_size=size),
             inputs=each,
             captions=shared.captions,
             progress=shared.progress,

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lora_kit.errors import ModelError, RecipeError
-from lora_kit.inference.batching import Job, distinct_jobs, fitting_batch_size, start_key
+from lora_kit.inference.batching import Job, distinct_jobs, start_key, usual_batch_size
 from lora_kit.inference.captions import CaptionStates
 from lora_kit.inference.guidance import Guidance
 from lora_kit.inference.settings import SamplingSettings
@@ -54,7 +54,7 @@ def draw(
     check_inputs(bundle, inputs, len(prompts), (settings.width, settings.height))
     captions = captions or CaptionStates(bundle, settings.long_prompts)
     jobs, of_request = distinct_jobs(prompts, seeds, inputs)
-    size = fitting_batch_size(bundle, settings)
+    size = usual_batch_size(settings)
     starts = range(0, len(jobs), size)
     pictures: list[Image.Image] = []
     with evaluating(*bundle.networks), torch.no_grad():
@@ -71,7 +71,7 @@ def sample_latents(
     _check(bundle, settings)
     captions = CaptionStates(bundle, settings.long_prompts)
     jobs, of_request = distinct_jobs(prompts, seeds, None)
-    size = fitting_batch_size(bundle, settings)
+    size = usual_batch_size(settings)
     with evaluating(*bundle.components.values()), torch.no_grad():
         parts = [_denoise(bundle, jobs[at : at + size], settings, captions) for at in range(0, len(jobs), size)]
     return torch.cat(parts)[of_request]

@@ -29,4 +29,4 @@ class SamplingSettings:
     long_prompts: LongText = "cut"
     """What happens to prompts longer than the text encoder reads: as `data.captions.long` of a recipe."""
     batch_size: int | None = None
-    """Pictures drawn at once; it changes them by rounding only. None: as many as fit (`inference.batching`)."""
+    """Pictures drawn at once; it changes them by rounding only. None: as `inference.batching` says."""

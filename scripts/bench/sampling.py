@@ -1,12 +1,13 @@
 """Sampling: an adapter live beside merged, and a strength grid beside a loop of diffusers' pipeline calls.
 
-    python scripts/bench/sampling.py [--parts live,grid] [--only tiny,sd1] [--rounds 3] [--steps N] [--pixels N] [--cpu]
+    python scripts/bench/sampling.py [--parts rows,live,grid] [--only tiny,sd1] [--rounds 3] [--steps N] [--pixels N] [--cpu]
     python scripts/bench/sampling.py --quick        does it run at all? Its figures mean nothing
 
 `tiny` is the packaged base (64 px, 25 steps); `sd1` has Stable Diffusion 1.5's published configs and random weights
 (256 px, 4 steps: a CPU takes long). fp32, guidance 7.5, DDIM, rank 16 on every linear layer and convolution of the
 UNet (`--preset`).
 
+rows: a forward of the UNet, seconds for each row of its batch: as many as a lone picture has with guidance, and eight.
 live: one picture by `lora_kit`, in turn with the base alone, the adapter folded into the weights (as a merged base
 has it), lora_kit's live layers and PEFT's. The base alone is the folded network at strength 0: the base's own modules
 and bits, which is checked. Ratios are medians of each round's own.
@@ -60,6 +61,14 @@ def main() -> None:
         bases = {name: _base(name, Path(folder), options.quick) for name in options.only.split(",")}
         for name, base in bases.items():
             _write_adapter(Path(folder) / name, base, options.preset)
+        if "rows" in parts:
+            print(
+                f"| base | pixels | targets | rows at once | {' | '.join(STATES)} |\n|---|---|---|---|---|---|---|",
+                flush=True,
+            )
+            for name, base in bases.items():
+                _row_costs(name, base, Path(folder) / name, options)
+            print()
         if "live" in parts:
             print(f"| base | pixels | targets | base, s | {' | '.join(LIVE[1:])} | live - merged, output |")
             print("|---|---|---|---|---|---|---|---|", flush=True)
@@ -73,7 +82,35 @@ def main() -> None:
                 _grid_rows(name, base, Path(folder) / name, options)
 
 
+STATES = ("folded, s a row", "live", "PEFT live")
 LIVE = ("base", "merged / base", "live / base", "PEFT live / base")
+
+
+def _row_costs(name: str, base: str, folder: Path, options: argparse.Namespace) -> None:
+    """What a row of the UNet's batch costs, alone with its unconditional twin and among eight; the fastest of rounds."""
+    import torch
+
+    from lora_kit.adapters import fuse, unfuse
+    from lora_kit.inference import prepare
+
+    bundle, side = prepare(base, [folder / WEIGHTS], torch.float32).bundle, _pixels(name, options)
+    factor = 2 ** (len(bundle.vae.config.block_out_channels) - 1)
+    unet: Any = bundle.unet
+    for rows in (2, 8):
+        latents = torch.randn(rows, unet.config.in_channels, side // factor, side // factor)
+        states, fastest = torch.randn(rows, 77, unet.config.cross_attention_dim), dict.fromkeys(STATES, float("inf"))
+        for state in STATES * options.rounds:
+            _use_peft(unet, state == STATES[2])
+            if state == STATES[0]:
+                fuse(bundle)
+            began = CLOCKS[options.cpu]()
+            with torch.inference_mode():
+                unet(latents, torch.tensor([500]), states)
+            fastest[state] = min(fastest[state], CLOCKS[options.cpu]() - began)
+            if state == STATES[0]:
+                unfuse(bundle)
+        figures = " | ".join(f"{seconds / rows:.4f}" for seconds in fastest.values())
+        print(f"| {name} | {side} | {options.preset} | {rows} | {figures} |", flush=True)
 
 
 def _live_row(name: str, base: str, folder: Path, options: argparse.Namespace) -> str:
@@ -277,7 +314,7 @@ def _steps(name: str, options: argparse.Namespace) -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="live,grid")
+    parser.add_argument("--parts", default="rows,live,grid")
     parser.add_argument("--only", default="tiny,sd1", help="bases")
     parser.add_argument("--preset", default="all")
     parser.add_argument("--rounds", type=int, default=3, help="of the grid at sd1 there is one")

@@ -210,7 +210,8 @@ def test_the_batch_is_what_half_of_the_memory_holds(tiny_sd1_folder: Path, monke
         assert batching.fitting_batch_size(bundle, SMALL) == expected
     large = replace(SMALL, width=1024, height=512)
     monkeypatch.setattr(batching, "memory_at_hand", lambda _: None)
-    assert batching.fitting_batch_size(bundle, large) == 2
+    assert batching.fitting_batch_size(bundle, large) == batching.usual_batch_size(large) == 2
+    monkeypatch.setattr(batching, "memory_at_hand", lambda _: 0)
     assert batching.fitting_batch_size(bundle, replace(large, batch_size=7)) == 7
     with pytest.raises(RecipeError, match=r"batch_size: got 0, allowed: 1 and more"):
         draw(bundle, ["x"], [0], settings=replace(SMALL, batch_size=0))
