@@ -42,7 +42,7 @@ class Guidance:
         """
         if not self.guided:
             return self._network(noisy, timestep, self._condition, self.beside)
-        keys = list(range(len(noisy))) if same is None else list(same)
+        keys: list[Hashable] = [*range(len(noisy))] if same is None else list(same)
         distinct = list(dict.fromkeys(keys))
         rows, of_picture = [keys.index(key) for key in distinct], [distinct.index(key) for key in keys]
         beside = None if self.beside is None else torch.cat([self.beside[rows], self.beside])

@@ -1,6 +1,6 @@
 """Sampling: an adapter live beside merged, and a strength grid beside a loop of diffusers' pipeline calls.
 
-    python scripts/bench/sampling.py [--parts rows,live,grid] [--only tiny,sd1] [--rounds 3] [--steps N] [--pixels N] [--cpu]
+    python scripts/bench/sampling.py [--parts rows,live,grid] [--only tiny,sd1] [--rounds 3] [--cpu]
     python scripts/bench/sampling.py --quick        does it run at all? Its figures mean nothing
 
 `tiny` is the packaged base (64 px, 25 steps); `sd1` has Stable Diffusion 1.5's published configs and random weights
@@ -87,7 +87,7 @@ LIVE = ("base", "merged / base", "live / base", "PEFT live / base")
 
 
 def _row_costs(name: str, base: str, folder: Path, options: argparse.Namespace) -> None:
-    """What a row of the UNet's batch costs, alone with its unconditional twin and among eight; the fastest of rounds."""
+    """What a row of the UNet's batch costs, as one of two and as one of eight; the fastest of rounds."""
     import torch
 
     from lora_kit.adapters import fuse, unfuse

@@ -77,9 +77,9 @@ def test_every_cell_is_the_picture_that_generate_draws_alone(
     tiny_sd1_folder: Path, whole_file: Path, folding: bool
 ) -> None:
     prepared = prepare(str(tiny_sd1_folder), [whole_file], torch.float32)
-    columns = generate_columns(prepared, PROMPTS, [0, 1], [0.0, 0.5, 1.0], SMALL)
+    columns = generate_columns(prepared, PROMPTS[:2], [0, 1], [0.0, 1.0], SMALL)
     for strength, pictures in columns.items():
-        assert [(one.prompt, one.seed) for one in pictures] == [(p, s) for p in PROMPTS for s in (0, 1)]
+        assert [(one.prompt, one.seed) for one in pictures] == [(p, s) for p in PROMPTS[:2] for s in (0, 1)]
         for picture in pictures:
             (alone,) = generate(prepared, [picture.prompt], [picture.seed], [strength], SMALL)
             assert levels(picture.image, alone.image) <= 1
@@ -193,19 +193,19 @@ def test_sixteen_bits_stay_live_and_so_does_what_memory_does_not_hold_twice(
 
 
 def test_folding_is_for_work_enough(tiny_sd1_folder: Path) -> None:
-    """256 cells a channel of the first block, which has 32: 128 rows of 8 x 8 cells, 64 pictures' with guidance."""
+    """192 cells a channel of the first block, which has 32: 96 rows of 8 x 8 cells, 48 pictures' with guidance."""
     bundle = bundle_of(tiny_sd1_folder)
     one = replace(SMALL, steps=1)
-    assert not folding_pays(bundle, one, 63)
-    assert folding_pays(bundle, one, 64)
-    assert not folding_pays(bundle, replace(one, guidance=1.0), 64)
-    assert folding_pays(bundle, replace(one, steps=64), 1)
+    assert not folding_pays(bundle, one, 47)
+    assert folding_pays(bundle, one, 48)
+    assert not folding_pays(bundle, replace(one, guidance=1.0), 48)
+    assert folding_pays(bundle, replace(one, steps=48), 1)
 
 
 def test_the_batch_is_what_half_of_the_memory_holds(tiny_sd1_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = bundle_of(tiny_sd1_folder)
     each = batching.picture_bytes(bundle, SMALL)
-    for free, expected in ((None, 64), (2 * 64 * each, 64), (2 * 5 * each, 5), (0, 1)):
+    for free, expected in ((None, 48), (2 * 64 * each, 64), (2 * 5 * each, 5), (0, 1)):
         monkeypatch.setattr(batching, "memory_at_hand", lambda _, free=free: free)
         assert batching.fitting_batch_size(bundle, SMALL) == expected
     large = replace(SMALL, width=1024, height=512)
