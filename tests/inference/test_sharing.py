@@ -205,7 +205,7 @@ def test_folding_is_for_work_enough(tiny_sd1_folder: Path) -> None:
 def test_the_batch_is_what_half_of_the_memory_holds(tiny_sd1_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = bundle_of(tiny_sd1_folder)
     each = batching.picture_bytes(bundle, SMALL)
-    for free, expected in ((None, 48), (2 * 64 * each, 64), (2 * 5 * each, 5), (0, 1)):
+    for free, expected in ((None, 64), (2 * 64 * each, 64), (2 * 5 * each, 5), (0, 1)):
         monkeypatch.setattr(batching, "memory_at_hand", lambda _, free=free: free)
         assert batching.fitting_batch_size(bundle, SMALL) == expected
     large = replace(SMALL, width=1024, height=512)
