@@ -117,7 +117,10 @@ def _fuse_one(networks: Mapping[str, nn.Module], name: str, layer: LiveLayer, ke
         else:
             fused.digests[f"{inner}.{own}"] = _digest(parameter)
         with torch.no_grad():
-            parameter.copy_(changed(parameter, total))
+            if total.dtype == parameter.dtype:
+                parameter.add_(total.reshape(parameter.shape))  # the same bits as below, without a third tensor
+            else:
+                parameter.copy_(changed(parameter, total))
     return len(totals)
 
 

@@ -26,7 +26,9 @@ from lora_kit.cli.options import (
     scale_rules,
 )
 from lora_kit.cli.picture_options import (
+    BATCH_HELP,
     ETA_HELP,
+    HELP_GROUPS,
     IMAGE_HELP,
     MASK_HELP,
     PROMPT_HELP,
@@ -35,6 +37,8 @@ from lora_kit.cli.picture_options import (
     picture_options,
     prompts_or_pictures,
 )
+
+__all__ = ["HELP_GROUPS", "command"]
 
 
 def command(
@@ -59,6 +63,7 @@ def command(
     long_prompts: Annotated[LongPrompts, typer.Option(help=LONG_PROMPTS_HELP)] = "cut",
     prediction_type: Annotated[PredictionName | None, typer.Option(help=PREDICTION_HELP)] = None,
     tokenizer: Annotated[str | None, typer.Option(help=TOKENIZER_HELP)] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help=BATCH_HELP)] = None,
     dtype: Annotated[DtypeName | None, typer.Option(help="Default: fp16 on a GPU, else fp32.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures that are there.")] = False,
 ) -> None:
@@ -85,6 +90,7 @@ def command(
         eta=eta,
         strength=strength,
         long_prompts=long_prompts,
+        batch_size=batch_size,
     )
     model, tokens = base_section(base, prediction_type, tokenizer), embedding or ()
     wish = Wish(model, adapters, dtype, rules, tokens, prompt, pictures, size)

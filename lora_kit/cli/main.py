@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from lora_kit.cli.help_groups import grouped
 from lora_kit.errors import LoraKitError
 
 COMMANDS = {
@@ -46,7 +47,8 @@ def _load(name: str) -> Any:
     # Plain help everywhere: rich's takes as long to import as all the rest.
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     module = importlib.import_module(f"lora_kit.cli.{name}")
-    app.command(name)(module.command)
+    groups = getattr(module, "HELP_GROUPS", None)
+    app.command(name, cls=grouped(groups) if groups else None)(module.command)
     return typer.main.get_command(app)
 
 

@@ -10,10 +10,19 @@ from lora_kit.errors import RecipeError
 
 SAMPLER_HELP = "ddim, ddpm, dpm++, dpm++-sde, euler, euler-a, heun, pndm or unipc."
 ETA_HELP = "Noise that ddim adds on the way: 0 is none, 1 is as much as ddpm's."
+BATCH_HELP = "Pictures drawn at once. It changes them by rounding only. Default: as many as fit the memory at hand."
 PROMPT_HELP = "What to draw. May be given several times. A super-resolution base takes none, but --image."
 IMAGE_HELP = "Picture to begin at, or to enlarge; one for all prompts, or given once for each."
 MASK_HELP = "What of the picture is drawn anew (white); the rest is kept. In the picture's size; as many as pictures."
 STRENGTH_HELP = "How much of the picture is drawn anew, above 0 to 1. Default: 0.8, with a mask 1."
+HELP_GROUPS = {
+    "What is drawn": ("prompt", "negative", "seed", "seeds", "count", "size", "out", "overwrite"),
+    "Adapters and learned tokens": ("adapter", "scales", "scale", "block_weights", "embedding"),
+    "From a picture": ("image", "mask", "strength"),
+    "Sampler": ("steps", "guidance", "sampler", "eta"),
+    "Base and machine": ("prediction_type", "tokenizer", "long_prompts", "dtype", "batch_size"),
+}
+"""Headings of the help of `generate` and `grid`."""
 
 
 class PictureOptions(NamedTuple):

@@ -12,8 +12,8 @@ from lora_kit.adapters import AdapterState, apply_scales, family_of, load_adapte
 from lora_kit.adapters.state import adaptable_modules
 from lora_kit.adapters.token_files import Embedding
 from lora_kit.adapters.tokens import add_tokens, check_tokens
-from lora_kit.inference.sampling import SamplingSettings
 from lora_kit.inference.schedules import follow_schedules, settle_prediction
+from lora_kit.inference.settings import SamplingSettings
 from lora_kit.merging.other_family import fitted_to
 from lora_kit.models import ModelBundle, base_hash, load_bundle
 from lora_kit.models.first_stage import vae_factor

@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,39 +17,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lora_kit.errors import ModelError, RecipeError
+from lora_kit.inference.batching import Job, distinct_jobs, start_key, usual_batch_size
+from lora_kit.inference.captions import CaptionStates
+from lora_kit.inference.guidance import Guidance
+from lora_kit.inference.settings import SamplingSettings
 from lora_kit.inference.starts import Inputs, check_inputs, default_strength, start, strength_problem
 from lora_kit.models import ModelBundle, scheduler_named
 from lora_kit.models.first_stage import decode as decode_latents
 from lora_kit.models.first_stage import latent_channels, vae_factor
 from lora_kit.progress import ProgressBar, no_progress
-from lora_kit.recipe.captions import LongText
-
-# Pixels of one batch: four pictures of 512 × 512, which with guidance run as eight. Fits 8 GB in fp16.
-BATCH_PIXELS = 4 * 512 * 512
-LARGEST_BATCH = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingSettings:
-    """How pictures are drawn; everything but prompt and seed."""
-
-    steps: int = 25
-    """Sampler steps."""
-    guidance: float = 7.5
-    """Classifier-free guidance scale (Ho & Salimans 2022); 1 or less turns it off and halves the work."""
-    negative_prompt: str = ""
-    width: int = 512
-    """Pixels; a multiple of the VAE's factor, 8 for Stable Diffusion."""
-    height: int = 512
-    sampler: str = "ddim"
-    """A name that `lora_kit.models.scheduler_named` knows."""
-    eta: float = 0.0
-    """Noise that DDIM adds on the way (Song et al. 2021, equation 16): 0 is deterministic, 1 is DDPM."""
-    strength: float | None = None
-    """How much of an input picture is drawn anew: the part of the steps that is gone through, above 0 to 1. None: 0.8,
-    or 1 where there is a mask."""
-    long_prompts: LongText = "cut"
-    """What happens to prompts longer than the text encoder reads: as `data.captions.long` of a recipe."""
 
 
 def draw(
@@ -60,14 +35,15 @@ def draw(
     *,
     settings: SamplingSettings,
     inputs: Inputs = None,
-    batch_size: int | None = None,
+    captions: CaptionStates | None = None,
     progress: ProgressBar = no_progress,
 ) -> list[Image.Image]:
     """One picture for each (prompt, seed) pair, in order. inputs: what each is drawn from; None: from noise alone.
 
-    A picture's noise depends on its own seed alone, so how the pictures are batched changes them by rounding only.
-    Adapters act as `set_scale` left them. The networks are put in eval mode, without gradients, and given their
-    modes back; the global random state is not touched. `batch_size` None: as many as BATCH_PIXELS allows.
+    A picture's noise depends on its own seed alone, so how the pictures are batched changes them by rounding only. Of
+    pairs that are equal one is drawn, and each caption is encoded once. Adapters act as `set_scale` left them. The
+    networks are put in eval mode, without gradients, and given their modes back; the global random state is not
+    touched. captions: states of the same text encoder as it is now, from another call, to be used and added to.
 
     Raises RecipeError for settings that cannot be drawn, ModelError if a picture is not finite.
     """
@@ -76,16 +52,16 @@ def draw(
     _check(bundle, settings, inputs)
     check_prompts(bundle, [*prompts, settings.negative_prompt])
     check_inputs(bundle, inputs, len(prompts), (settings.width, settings.height))
-    size = batch_size or fitting_batch_size(settings)
-    starts = range(0, len(prompts), size)
+    captions = captions or CaptionStates(bundle, settings.long_prompts)
+    jobs, of_request = distinct_jobs(prompts, seeds, inputs)
+    size = usual_batch_size(settings)
+    starts = range(0, len(jobs), size)
     pictures: list[Image.Image] = []
     with evaluating(*bundle.networks), torch.no_grad():
         for first in progress(starts, "drawing", len(starts)):
-            part = slice(first, first + size)
-            own = inputs[part] if inputs is not None else None
-            latents = _denoise(bundle, prompts[part], seeds[part], settings, own)
+            latents = _denoise(bundle, jobs[first : first + size], settings, captions, inputs)
             pictures += to_pictures(decode(bundle, latents))
-    return pictures
+    return [pictures[place] for place in of_request]
 
 
 def sample_latents(
@@ -93,11 +69,12 @@ def sample_latents(
 ) -> Tensor:
     """The latents [b, c, h, w] that `draw` decodes, fp32, as training sees them. Arguments as there."""
     _check(bundle, settings)
-    size = fitting_batch_size(settings)
-    starts = range(0, len(prompts), size)
+    captions = CaptionStates(bundle, settings.long_prompts)
+    jobs, of_request = distinct_jobs(prompts, seeds, None)
+    size = usual_batch_size(settings)
     with evaluating(*bundle.components.values()), torch.no_grad():
-        parts = [_denoise(bundle, prompts[at : at + size], seeds[at : at + size], settings) for at in starts]
-    return torch.cat(parts)
+        parts = [_denoise(bundle, jobs[at : at + size], settings, captions) for at in range(0, len(jobs), size)]
+    return torch.cat(parts)[of_request]
 
 
 def check_prompts(bundle: ModelBundle, prompts: Sequence[str]) -> None:
@@ -107,11 +84,6 @@ def check_prompts(bundle: ModelBundle, prompts: Sequence[str]) -> None:
         raise RecipeError(
             f"{bundle.source} reads no text, and got the prompt {asked!r}; give it a picture alone (--image)"
         )
-
-
-def fitting_batch_size(settings: SamplingSettings) -> int:
-    """How many pictures of this size are drawn at once."""
-    return max(1, min(LARGEST_BATCH, BATCH_PIXELS // (settings.width * settings.height)))
 
 
 @contextmanager
@@ -135,6 +107,8 @@ def _check(bundle: ModelBundle, settings: SamplingSettings, inputs: Inputs = Non
         if pixels < factor or pixels % factor:
             near = max(factor, round(pixels / factor) * factor)
             raise RecipeError(f"{side}: got {pixels}, allowed: multiples of {factor} for this base; try {near}")
+    if settings.batch_size is not None and settings.batch_size < 1:
+        raise RecipeError(f"batch_size: got {settings.batch_size}, allowed: 1 and more")
     if settings.eta and settings.sampler != "ddim":
         raise RecipeError(f"eta: got {settings.eta:g}, which is about the sampler 'ddim', not {settings.sampler!r}")
     if not 0 <= settings.eta <= 1:
@@ -155,30 +129,27 @@ def _strength(bundle: ModelBundle, settings: SamplingSettings, inputs: Inputs) -
 
 def _denoise(
     bundle: ModelBundle,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
+    jobs: Sequence[Job],
     settings: SamplingSettings,
+    captions: CaptionStates,
     inputs: Inputs = None,
 ) -> Tensor:
-    """Latents [b, c, h, w] at t = 0, fp32, still multiplied by the VAE's scaling factor."""
+    """Latents [b, c, h, w] at t = 0, fp32, still multiplied by the VAE's scaling factor. inputs: of all requests."""
     config = {**bundle.scheduler_config, "prediction_type": bundle.prediction_type}
     scheduler: Any = scheduler_named(settings.sampler, config)
     scheduler.set_timesteps(settings.steps, device=bundle.device)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    generators = [torch.Generator().manual_seed(job.seed) for job in jobs]
     options = _step_options(scheduler, generators, settings)
-    guided = settings.guidance > 1 and bundle.has_text
-    captions = [settings.negative_prompt] * len(prompts) * guided + list(prompts)
-    condition = bundle.family.condition(bundle, captions, settings.long_prompts)
-    shape = _shape(bundle, len(prompts), settings)
-    begun = start(bundle, scheduler, inputs, _strength(bundle, settings, inputs), shape, generators)
+    own = None if inputs is None else [inputs[job.place] for job in jobs]
+    begun = start(
+        bundle, scheduler, own, _strength(bundle, settings, inputs), _shape(bundle, len(jobs), settings), generators
+    )
     latents, timesteps = begun.latents, begun.timesteps
-    beside = None if begun.beside is None else torch.cat([begun.beside] * (1 + guided))
+    guidance = Guidance(bundle, captions, settings, [job.prompt for job in jobs], begun.beside)
+    same_start = [(job.seed, start_key(inputs, job.place)) for job in jobs]
     for index, timestep in enumerate(timesteps):
-        noisy = scheduler.scale_model_input(torch.cat([latents] * (1 + guided)), timestep)
-        output = bundle.family.predict(bundle, noisy, timestep.expand(len(noisy)), condition, beside).float()
-        if guided:
-            unconditional, conditional = output.chunk(2)
-            output = unconditional + settings.guidance * (conditional - unconditional)
+        noisy = scheduler.scale_model_input(latents, timestep)
+        output = guidance.predict(noisy, timestep, same_start if index == 0 else None)
         latents = scheduler.step(output, timestep, latents, **options).prev_sample
         if begun.kept is not None:
             following = timesteps[index + 1] if index + 1 < len(timesteps) else None
