@@ -13,6 +13,7 @@ from lora_kit.adapters import inject, read_raw, trainable_parameters
 from lora_kit.adapters.state import adaptable_modules
 from lora_kit.models import ModelBundle, base_hash, load_bundle
 from lora_kit.models.adapter_layouts import layout_for
+from lora_kit.models.checkpointing import checkpoint_unet
 from lora_kit.models.text_models import checkpoint_activations
 from lora_kit.progress import no_progress, progress
 from lora_kit.recipe import Recipe
@@ -124,7 +125,7 @@ def make_trainable(recipe: Recipe, bundle: ModelBundle, plan: TargetPlan) -> Non
     if plan.targets:
         inject(bundle.components, plan, adapter_name=ADAPTER, seed=recipe.seed)
     if recipe.train.gradient_checkpointing:
-        bundle.unet.enable_gradient_checkpointing()
+        checkpoint_unet(bundle.unet)
         if bundle.has_text:
             checkpoint_activations(bundle.text_encoder)
     set_training(bundle, True)
