@@ -76,16 +76,16 @@ def reckon(recipe: Recipe, plan: TargetPlan, few_bits: Quantised | None = None, 
         hold_in_few_bits(bundle.components, few_bits)
     if recipe.tokens:
         _learn_a_token(bundle)
-    with FakeTensorMode() as fake, torch.device(device):
+    with FakeTensorMode(), torch.device(device):
         for network in bundle.networks:
             _put_on(network, device)
-        assert fake is not None
         return _passes(recipe, bundle, device, trains_text(recipe, plan))
 
 
 def _passes(recipe: Recipe, bundle: ModelBundle, device: str, with_text: bool) -> Activations:
     bundle.tokenizer = _FullCaptions()
-    count, trained = micro_batch(recipe), [weight for weight in _weights(bundle.components.values()) if weight.requires_grad]
+    count = micro_batch(recipe)
+    trained = [weight for weight in _weights(bundle.components.values()) if weight.requires_grad]
     several = count < recipe.data.batch_size
     for weight in trained if several else ():  # those of the micro-batches before
         weight.grad = torch.empty_like(weight)

@@ -19,11 +19,11 @@ class FewBits(nn.Linear):
     """A frozen linear layer whose weight stands for a dequantised one. Of a class of its own, so that an adapter's
     layer over it computes as it does over bitsandbytes'."""
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (nn.Linear's name)
+    def forward(self, input: Tensor) -> Tensor:
         """x [..., in] → [..., out]."""
         kind = input.device.type
         if torch.is_autocast_enabled(kind):
-            input = input.to(torch.get_autocast_dtype(kind))  # noqa: A001
+            input = input.to(torch.get_autocast_dtype(kind))
         made: Tensor = _Product.apply(input, self.weight)
         return made if self.bias is None else made + self.bias  # pyright: ignore[reportUnnecessaryComparison]
 
