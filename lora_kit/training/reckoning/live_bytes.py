@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,18 +49,18 @@ class LiveBytes(TorchDispatchMode):
 
 
 @contextmanager
-def saved_bytes(known: Iterable[Tensor]) -> Generator[dict[int, int]]:
-    """Storage → bytes of all that autograd saves for the backward pass while inside, `known` (weights) left out.
+def saved_bytes(known: Iterable[Tensor]) -> Generator[Mapping[Any, int]]:
+    """Storage → bytes of all that autograd saved while inside and still keeps, `known` (weights) left out.
 
     Each storage counts once, however many operations save it. What a checkpointed block computes again is not saved.
     """
-    own = {tensor.untyped_storage()._cdata for tensor in known}
-    found: dict[int, int] = {}
+    own: weakref.WeakSet[Any] = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
+    found: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # a branch that is not used is let go
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            found[storage._cdata] = storage.nbytes()
+        if storage not in own:
+            found[storage] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

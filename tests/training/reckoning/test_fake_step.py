@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +46,12 @@ def _held(run: Run) -> Activations:
     with LiveBytes(weights) as live:
         mean: Any = batch.latent_mean
         noisy = mean + 1
-        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.train.mixed_precision == "bf16"):
-            with saved_bytes(weights) as saved:
-                condition = run.learner.conditions(batch.captions)
-                times = torch.zeros(len(noisy), dtype=torch.int64)
-                predicted = bundle.family.predict(bundle, noisy, times, condition)
-                loss = (predicted.float() - (mean - 1)).square().mean()
+        half = recipe.train.mixed_precision == "bf16"
+        with torch.autocast("cpu", torch.bfloat16, enabled=half), saved_bytes(weights) as saved:
+            condition = run.learner.conditions(batch.captions)
+            times = torch.zeros(len(noisy), dtype=torch.int64)
+            predicted = bundle.family.predict(bundle, noisy, times, condition)
+            loss = (predicted.float() - (mean - 1)).square().mean()
         kept = sum(saved.values())
         loss.backward()
     gradients = [weight.grad for weight in run.trainable.values() if weight.grad is not None]
@@ -137,11 +136,13 @@ def test_live_bytes_are_those_of_storages_not_of_views() -> None:
 
 
 def test_weights_are_not_counted_as_kept() -> None:
-    layer: Callable[[Tensor], Tensor] = nn.Linear(8, 8)
+    layer = nn.Linear(8, 8)
     x = torch.ones(2, 8, requires_grad=True)
-    with saved_bytes(layer.parameters()) as saved:  # pyright: ignore[reportFunctionMemberAccess]
-        layer(x).square()
-    assert sorted(saved.values()) == [64, 64]  # the linear layer's input, and the square's
+    with saved_bytes(layer.parameters()) as saved:
+        made = layer(x).square()
+        assert sorted(saved.values()) == [64, 64]  # the linear layer's input, and the square's
+        del made
+        assert list(saved.values()) == [64]  # x lives on
 
 
 def _recipe(base: Path, pictures: Path, place: Path, options: tuple[str, ...]) -> Recipe:
