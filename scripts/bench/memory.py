@@ -3,10 +3,10 @@
     python scripts/bench/memory.py [--only "nf4,all together"] [--pixels 256] [--steps 3] [--folder DIR] [--quick]
 
 The base has random weights in bf16 and is saved as its diffusers pipeline is. Each row is a process of its own, which
-builds a run (attention targets, rank 16, batch 1, bf16) and takes `--steps` steps on made-up pictures: the most that was
-resident and anonymous in them, CPU seconds of a step (the median of all but the first), and, from a `lora-kit plan` of
-the same recipe before, what was reckoned. `--folder` keeps the base for the next time. `--quick`: narrow networks, to
-see that the script runs.
+builds a run (attention targets, rank 16, batch 1, bf16) and takes `--steps` steps on made-up pictures: the most that
+was resident and anonymous in them, CPU seconds of a step (the median of all but the first), and, from a `lora-kit plan`
+of the same recipe before, what was reckoned. `--folder` keeps the base for the next time. `--quick`: narrow networks,
+to see that the script runs.
 """
 
 from __future__ import annotations
@@ -46,9 +46,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as place:
         recipe = _recipe(Path(options.folder or place), Path(place), options)
-        print(
-            "| saved by | reckoned MB | resident MB | reckoned / resident | anonymous MB | while loading | CPU s a step |"
-        )
+        print("| saved by | reckoned MB | resident MB | ratio | anonymous MB | while loading | CPU s a step |")
         print("|---|---|---|---|---|---|---|", flush=True)
         for name in options.only.split(",") if options.only else ROWS:
             overrides = ROWS[name]
