@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lora_kit.adapters.trained_parts import TrainedParts
 from lora_kit.models import ModelBundle, skeleton
 from lora_kit.models.first_stage import latent_channels, vae_factor
 from lora_kit.recipe import Recipe
@@ -153,6 +154,8 @@ def _put_on(network: nn.Module, device: str) -> None:
         for name, value in [*module._buffers.items()]:
             if value is not None:
                 module._buffers[name] = _like(value, device)
+        if isinstance(module, TrainedParts):
+            module.begun = {name: _like(value, device) for name, value in module.begun.items()}
 
 
 def _like(value: Tensor, device: str) -> Tensor:

@@ -84,6 +84,8 @@ def test_what_is_kept_is_what_a_real_step_keeps(
         ("targets={preset: attention, method: full}",),
         ("targets={preset: attention, method: loha, rank: 2}", BF16),
         ("targets={preset: attention, method: dora, rank: 2}", BF16),
+        ("targets={preset: attention, init: pissa, rank: 2}",),
+        ("targets={preset: all, method: lokr, rank: 2}", CHECKPOINTS),
         ("model.quantize=int8",),
         ("model.quantize=nf4", BF16, CHECKPOINTS),
         ('tokens=[{token: "<toy>", initializer: cat}]', "targets=none", 'data.trigger="<toy>"'),
