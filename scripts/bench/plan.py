@@ -67,7 +67,9 @@ def write_base(folder: Path, unet: dict[str, Any], text: dict[str, Any]) -> None
         "text_encoder": ["transformers", "CLIPTextModel"],
     }
     documents = {"model_index.json": index, "unet/config.json": unet, "text_encoder/config.json": text}
-    for name, document in (documents | {"vae/config.json": VAE}).items():
+    documents |= {"vae/config.json": VAE, "scheduler/scheduler_config.json": {"_class_name": "DDIMScheduler"}}
+    (folder / "tokenizer").mkdir(parents=True)
+    for name, document in documents.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(document))
