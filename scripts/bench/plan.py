@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from typing import Any
 
 from PIL import Image
 
+TINY = Path(__file__).parents[2] / "lora_kit" / "assets" / "tiny_base"
 PRESETS = ("attention", "kohya", "kohya-conv", "all-linear", "all")
 UNET: dict[str, Any] = {
     "_class_name": "UNet2DConditionModel",
@@ -67,9 +69,7 @@ def write_base(folder: Path, unet: dict[str, Any], text: dict[str, Any]) -> None
         "text_encoder": ["transformers", "CLIPTextModel"],
     }
     documents = {"model_index.json": index, "unet/config.json": unet, "text_encoder/config.json": text}
-    documents |= {"vae/config.json": VAE, "scheduler/scheduler_config.json": {"_class_name": "DDIMScheduler"}}
-    (folder / "tokenizer").mkdir(parents=True)
-    for name, document in documents.items():
+    for name, document in (documents | {"vae/config.json": VAE}).items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(document))
@@ -98,6 +98,9 @@ def main() -> None:
         for base, (unet, text) in BASES.items():
             folder = root / base.replace(" ", "-")
             write_base(folder, unet, text)
+            for part in ("tokenizer", "scheduler"):  # a base that a run would take, too
+                shutil.copytree(TINY / part, folder / part)
+            shutil.copy(TINY / "model_index.json", folder)
             recipe = root / f"{folder.name}.yaml"
             recipe.write_text(
                 f"model: {{base: {folder}}}\ntargets: {{preset: kohya}}\ndata: {{sources: [{{path: data}}]}}\n"
