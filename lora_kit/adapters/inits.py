@@ -36,6 +36,8 @@ def initial_pair(init: str, rank: int, weight: Tensor, scaling: float, key: str)
     principal part, and `orthogonal`, where it is zero to fp32's rounding.
     """
     out, inputs = weight.shape[0], weight[0].numel()
+    if weight.is_meta:  # a network that is only laid out: shapes
+        return Pair(torch.empty((rank, inputs), device="meta"), torch.empty((out, rank), device="meta"))
     generator = generator_of(key)
     if init == "pissa":
         return _principal(weight.detach().float().cpu().flatten(1), rank, scaling, generator)

@@ -87,6 +87,8 @@ def _is_of(kind: type[Update], parts: dict[str, Tensor]) -> bool:
 
 def _initial(part: str, shape: tuple[int, ...], weight: Tensor, key: str) -> Tensor:
     """fp32, on the CPU: Kaiming-uniform with a = √5 (PEFT's and LyCORIS's) where nothing else is said."""
+    if weight.is_meta:  # a network that is only laid out: shapes
+        return torch.empty(shape, device="meta")
     if part in _ZERO:
         return torch.zeros(shape)
     if part == "magnitude":

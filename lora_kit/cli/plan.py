@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from lora_kit.cli.text import byte_size
-
 if TYPE_CHECKING:
     from lora_kit.cli.plan_facts import Memory, Steps
     from lora_kit.cli.plan_sources import DataFacts
@@ -53,6 +51,7 @@ def _planned(loaded: Recipe) -> _Facts:
     """Everything of the plan; raises what the run would raise before its first step, as far as headers and configs
     tell."""
     from lora_kit.cli.plan_facts import memory, steps
+    from lora_kit.cli.plan_memory import with_step
     from lora_kit.cli.plan_sources import data_facts
     from lora_kit.models.outline import read_outline
     from lora_kit.recipe.without_text import fitted_to_base
@@ -69,7 +68,8 @@ def _planned(loaded: Recipe) -> _Facts:
     data = data_facts(loaded.data)
     length = steps(loaded, data.samples, data.buckets.steps if data.buckets else None)
     few_bits = quantised_layers(loaded.model.quantize, base.tree, plan)
-    return _Facts(loaded, plan, rates, data, length, memory(loaded, plan, base.parameters, few_bits))
+    held = with_step(memory(loaded, plan, base.parameters, few_bits), loaded, plan, few_bits)
+    return _Facts(loaded, plan, rates, data, length, held)
 
 
 def _check_base(recipe: Recipe, base: Outline, plan: TargetPlan) -> None:
@@ -104,6 +104,7 @@ def _check_optimizer(recipe: Recipe) -> None:
 
 def _document(facts: _Facts, probe: bool) -> dict[str, Any]:
     from lora_kit.cli.plan_buckets import bucket_json
+    from lora_kit.cli.plan_memory import memory_json
     from lora_kit.cli.plan_probe import probed
     from lora_kit.cli.plan_sources import source_json
     from lora_kit.cli.plan_tokens import token_json
@@ -119,7 +120,7 @@ def _document(facts: _Facts, probe: bool) -> dict[str, Any]:
         "data": source_json(data.survey),
         "buckets": bucket_json(data.buckets) if data.buckets else None,
         "steps": length._asdict(),
-        "memory_bytes": held._asdict() | {"trainable": held.trainable},
+        "memory_bytes": memory_json(held),
         **({"probe": probed(recipe)._asdict()} if probe else {}),
     }
 
@@ -128,6 +129,7 @@ def _show(facts: _Facts, probe: bool) -> None:
     from rich.console import Console
 
     from lora_kit.cli.plan_buckets import bucket_lines, bucket_table
+    from lora_kit.cli.plan_memory import memory_lines
     from lora_kit.cli.plan_probe import probe_lines, probed
     from lora_kit.cli.plan_sources import source_lines, source_table
     from lora_kit.cli.plan_tokens import token_lines
@@ -140,7 +142,7 @@ def _show(facts: _Facts, probe: bool) -> None:
         console.print(table)
     lines = [*([_rates_line(rates, recipe.optimizer.lr_ratio)] if rates else []), *token_lines(recipe)]
     lines += [*source_lines(data.survey), *(bucket_lines(data.buckets) if data.buckets else ())]
-    for line in [*lines, _steps_line(length), *_memory_lines(held)]:
+    for line in [*lines, _steps_line(length), *memory_lines(held, recipe)]:
         console.print(line, markup=False, soft_wrap=True)
     for line in probe_lines(probed(recipe), recipe, held) if probe else ():
         console.print(line, markup=False, soft_wrap=True)
@@ -159,14 +161,3 @@ def _steps_line(length: Steps) -> str:
     else:
         data = f"{length.epochs:.3g} epochs of {length.samples_per_epoch:,} samples"
     return f"steps: {length.max_steps:,} of {length.batch_size} pictures{micro}; {data}"
-
-
-def _memory_lines(held: Memory) -> list[str]:
-    average = f", average {byte_size(held.average)}" if held.average else ""
-    weights, gradients, moments = map(byte_size, (held.weights, held.gradients, held.moments))
-    parts = f"weights {weights}, gradients {gradients}, moments {moments}{average}"
-    few = f" (of {byte_size(held.unquantised)} before `model.quantize`)" if held.unquantised is not None else ""
-    return [
-        f"memory: {byte_size(held.trainable)} to train ({parts})",
-        f"        {byte_size(held.frozen)} frozen weights{few}; activations come on top",
-    ]

@@ -17,7 +17,7 @@ _SMALLEST_8BIT = 4096  # elements; it keeps smaller tensors' moments in fp32
 
 
 class Memory(NamedTuple):
-    """Bytes of what stays in memory through a run. Activations come on top: they grow with batch and resolution."""
+    """Bytes of what stays in memory through a run, and of what a step adds."""
 
     weights: int
     """Trainable, fp32."""
@@ -32,6 +32,22 @@ class Memory(NamedTuple):
 
     unquantised: int | None = None
     """What `frozen` would be without `model.quantize`; None: it is not quantised."""
+    activations: int | None = None
+    """What the fullest moment of a micro-batch's passes holds beyond weights and all gradients: it grows with batch and
+    resolution. None, as the rest: not reckoned."""
+    saved: int | None = None
+    """Of these, what autograd keeps from the forward pass for the backward pass."""
+    libraries: int | None = None
+    """Interpreter and libraries on a CPU; 0 on a GPU, where only tensors count."""
+    device: str | None = None
+    """What a run would take here: `cpu` or `cuda`."""
+
+    @property
+    def expected_peak(self) -> int | None:
+        """The most that a step holds: resident on a CPU, allocated on a GPU."""
+        if self.activations is None or self.libraries is None:
+            return None
+        return self.frozen + self.trainable + self.activations + self.libraries
 
     @property
     def trainable(self) -> int:

@@ -33,11 +33,8 @@ def probe_lines(found: Probe, recipe: Recipe, reckoned: Memory) -> list[str]:
     ]
     if found.peak_bytes is None:
         return [*lines, "       memory: this system does not tell"]
-    held = reckoned.frozen + reckoned.trainable
-    lines.append(
-        f"       memory: at most {byte_size(found.peak_bytes)} in the steps, of which weights and optimizer were "
-        f"reckoned {byte_size(held)}"
-    )
+    said = f"; reckoned {byte_size(reckoned.expected_peak)}" if reckoned.expected_peak is not None else ""
+    lines.append(f"       memory: at most {byte_size(found.peak_bytes)} in the steps{said}")
     if found.loading_bytes is not None:
         lines[-1] += f"; at most {byte_size(found.loading_bytes)} while loading"
     return lines

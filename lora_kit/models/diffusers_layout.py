@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
 
 from lora_kit.errors import ModelError
@@ -18,12 +18,14 @@ from lora_kit.models import tokenizers
 from lora_kit.models.bundle import FirstStage, Tokenizer
 from lora_kit.models.first_stage import first_stage_class
 from lora_kit.models.layout import Configs
+from lora_kit.models.mapped import cast as to_dtype
 from lora_kit.models.pipeline_index import Parts, check_index, index_in, read_index
 from lora_kit.models.text_models import CLASSES, TextConfig, TextModel, without_dropout
 from lora_kit.models.unets import UNet, unet_class
 from lora_kit.recipe.sections import ModelSection
 
 _SHOWN = 8
+_STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DAMAGE = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 """What diffusers and transformers raise for files that are missing, damaged or do not fit their config."""
 
@@ -51,12 +53,12 @@ class DiffusersBase:
 
     def unet(self, dtype: torch.dtype) -> UNet:
         """As in Layout."""
-        return self._network(unet_class(self.configs().unet), "unet", torch_dtype=dtype)
+        return self._cast_network(unet_class(self.configs().unet), "unet", dtype)
 
     def vae(self, dtype: torch.dtype) -> FirstStage:
         """As in Layout."""
         kind = first_stage_class({"_class_name": self._parts["vae"].classes[0]}, str(self._where))
-        return self._network(kind, "vae", torch_dtype=dtype)
+        return self._cast_network(kind, "vae", dtype)
 
     def text_encoder(self, dtype: torch.dtype) -> TextModel:
         """As in Layout."""
@@ -88,6 +90,25 @@ class DiffusersBase:
         """A part's own config; `reader` knows the file's name, whatever class it is for."""
         folder = self._parts[part].folder
         return _plain(reader.load_config(self._where, subfolder=folder, **self._options))
+
+    def _cast_network(self, network_class: Any, part: str, dtype: torch.dtype) -> Any:
+        """A network of diffusers', read as it is stored, which maps the file, and cast afterwards: diffusers' own cast
+        holds the file's weights beside those made of them until the last one is made."""
+        network = self._network(network_class, part, torch_dtype=self._stored_dtype(part) or dtype)
+        to_dtype(network, dtype)
+        return network
+
+    def _stored_dtype(self, part: str) -> torch.dtype | None:
+        """The one precision of a part's file here; None where there are several, or it is not so simple."""
+        if not isinstance(self._where, Path):
+            return None
+        variant = f".{self._section.variant}" if self._section.variant else ""
+        path = self._where / self._parts[part].folder / f"diffusion_pytorch_model{variant}.safetensors"
+        if not path.is_file():
+            return None
+        with self._reading(part), safe_open(path, framework="pt") as file:
+            kinds = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        return _STORED.get(kinds.pop()) if len(kinds) == 1 else None
 
     def _network(self, network_class: Any, part: str, **dtype: torch.dtype) -> Any:
         """Load one network. The libraries only warn of missing tensors, and fill them at random: an error here."""

@@ -151,7 +151,8 @@ class TrainSection(TrackerSection):
     """The longest that processes of one launch wait for each other. The others wait while the first one draws and
     measures, so this must be longer than any validation; one that hangs is noticed after it."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: a third slower, far less memory."""
+    """Recompute activations in the backward pass: a third slower, far less memory. Blocks in front of the first adapter
+    keep nothing either way, and are not computed twice."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Keep an exponential moving average of the trained weights: a result of its own beside the weights as trained
     (adapter.ema.safetensors, model_ema), and what validation measures and draws. 0.999 for long full runs."""

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from accelerate import Accelerator
 
 from lora_kit.adapters import inject, read_raw, trainable_parameters
 from lora_kit.adapters.state import adaptable_modules
 from lora_kit.models import ModelBundle, base_hash, load_bundle
 from lora_kit.models.adapter_layouts import layout_for
+from lora_kit.models.checkpointing import checkpoint_unet
+from lora_kit.models.mapped import channels_last
 from lora_kit.models.text_models import checkpoint_activations
 from lora_kit.progress import no_progress, progress
 from lora_kit.recipe import Recipe
@@ -120,11 +121,11 @@ def _lay_out(
 def make_trainable(recipe: Recipe, bundle: ModelBundle, plan: TargetPlan) -> None:
     """What the plan picked, trainable in fp32, in the networks where they lie."""
     # Convolutions over channels-last memory measured 10 % faster on a CPU; numbers and names stay the same.
-    bundle.unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] (stub lacks the overload)
+    channels_last(bundle.unet)
     if plan.targets:
         inject(bundle.components, plan, adapter_name=ADAPTER, seed=recipe.seed)
     if recipe.train.gradient_checkpointing:
-        bundle.unet.enable_gradient_checkpointing()
+        checkpoint_unet(bundle.unet)
         if bundle.has_text:
             checkpoint_activations(bundle.text_encoder)
     set_training(bundle, True)

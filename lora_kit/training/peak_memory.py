@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,7 +23,42 @@ def peak_memory(device: torch.device) -> int | None:
     """Bytes: allocated on a GPU, resident on a CPU; None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    return _status("VmHWM")
+
+
+def resident_memory() -> int | None:
+    """Bytes that are resident now; None where the system does not tell."""
+    return _status("VmRSS")
+
+
+class StepPeak:
+    """The most that a run's steps held; what comes between them (validation, checkpoints) is left out."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.bytes: int | None = None
+        """None: no step yet, or the system does not tell."""
+        self._device = device
+
+    @contextmanager
+    def watching(self) -> Generator[None]:
+        """A step is taken inside."""
+        reset_peak(self._device)
+        yield
+        found = peak_memory(self._device)
+        self.bytes = found if self.bytes is None or found is None else max(self.bytes, found)
+
+    def line(self) -> list[str]:
+        """For the user, at the end."""
+        if self.bytes is None:
+            return []
+        kind = "allocated on the GPU" if self._device.type == "cuda" else "resident"
+        return [
+            f"peak memory of the steps: {self.bytes / 2**20:,.1f} MiB {kind} (`lora-kit plan` reckons it beforehand)"
+        ]
+
+
+def _status(name: str) -> int | None:
     if not _STATUS.exists():
         return None
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
     return int(line.split()[1]) * 1024

@@ -24,6 +24,7 @@ from lora_kit.training.peak_memory import peak_memory, reset_peak
 from lora_kit.training.prepared import PreparedData
 from lora_kit.training.processes.launch import build_accelerator, sharding_of
 from lora_kit.training.processes.launcher import follow_launcher
+from lora_kit.training.reckoning.fake_step import keeps_latents, picture_side
 from lora_kit.training.step import training_step
 
 STEPS = 3
@@ -74,7 +75,7 @@ def probe(recipe: Recipe, steps: int = STEPS) -> Probe:
         raise RecipeError("--probe measures one process by itself; run it without `accelerate launch`.")
     check_optimizer(recipe, accelerator.device)
     reset_peak(accelerator.device)
-    run = build_run(recipe, accelerator, resumes=True, data=_no_data(recipe))
+    run = build_run(recipe, accelerator, resumes=True, data=stand_in_data(recipe))
     loading = peak_memory(accelerator.device)
     batches = made_up(run, accelerator)
     reset_peak(accelerator.device)
@@ -85,7 +86,7 @@ def probe(recipe: Recipe, steps: int = STEPS) -> Probe:
         seconds.append(time.perf_counter() - began)
     return Probe(
         device=accelerator.device.type,
-        side=_side(recipe),
+        side=picture_side(recipe),
         batch_size=recipe.data.batch_size,
         micro_batches=len(batches),
         seconds=tuple(seconds),
@@ -97,7 +98,7 @@ def probe(recipe: Recipe, steps: int = STEPS) -> Probe:
 
 def made_up(run: Run, accelerator: Accelerator) -> list[Batch]:
     """A step's micro-batches: noise as pictures or latents, and one caption."""
-    recipe, side = run.recipe, _side(run.recipe)
+    recipe, side = run.recipe, picture_side(run.recipe)
     cells = side // vae_factor(run.bundle)
     shape = (latent_channels(run.bundle.vae), cells, cells)
     parts = micro_batches(0, process_share(recipe, accelerator.process_index, accelerator.num_processes))
@@ -127,15 +128,7 @@ def _batch(
     )
 
 
-def _no_data(recipe: Recipe) -> PreparedData:
+def stand_in_data(recipe: Recipe) -> PreparedData:
     """Stands for the data: whether latents are kept is all that building a run asks of it."""
-    kept = recipe.data.cache != "none" and recipe.data.crop == "center"
-    stand_in: Any = SimpleNamespace(latents=object() if kept else None)
+    stand_in: Any = SimpleNamespace(latents=object() if keeps_latents(recipe) else None)
     return PreparedData(cast(TrainingSet, stand_in), None, (), ())
-
-
-def _side(recipe: Recipe) -> int:
-    """Of the largest pictures that are trained on, as a square: buckets have as many pixels."""
-    sides = {source.resolution or recipe.data.resolution for source in recipe.data.sources}
-    several = recipe.data.buckets.resolutions if recipe.data.buckets else None
-    return max(sides | set(several or ()))

@@ -24,6 +24,7 @@ from lora_kit.training.metrics import Metrics, NoMetrics
 from lora_kit.training.objects import Run
 from lora_kit.training.one_step import is_due, take_step
 from lora_kit.training.optimization.optimizers import check_optimizer
+from lora_kit.training.peak_memory import StepPeak
 from lora_kit.training.processes.launch import build_accelerator, sharding_of
 from lora_kit.training.processes.launcher import follow_launcher
 from lora_kit.training.processes.shares import common_facts, takes_part, written_by_main
@@ -74,7 +75,7 @@ def _train_in(folder: RunFolder, recipe: Recipe, accelerator: Accelerator) -> Ou
 
 
 def _train(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress, base: Base) -> Outcome:
-    recipe = run.recipe
+    recipe, peak = run.recipe, StepPeak(run.accelerator.device)
     loader = make_loader(run.data, recipe, run.accelerator, first_step=progress.step, even=run.is_sharded)
     with StopSignals() as signals:
         link_best(run, folder, progress)  # as the checkpoint knows it, which may be an older one
@@ -82,7 +83,8 @@ def _train(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress, ba
         progress = _validated(run, folder, metrics, progress, base)
         over = _is_over(run, progress)  # also of a run that stopped early before it was resumed
         for step, batches in enumerate(loader if not over else (), start=progress.step):
-            done = take_step(run, folder, metrics, batches, progress, stop=signals.number is not None)
+            with peak.watching():
+                done = take_step(run, folder, metrics, batches, progress, stop=signals.number is not None)
             row = progress.skipped_in_row + 1 if done.problem else 0
             progress = replace(progress, step=step + 1, skipped_in_row=row)
             if done.interrupted and progress.step < recipe.train.max_steps:
@@ -100,7 +102,7 @@ def _train(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress, ba
     if not takes_part(run):
         return Outcome([], {}, is_main=False)
     link_best(run, folder, progress)
-    return finish_run(run, folder, metrics, progress)
+    return finish_run(run, folder, metrics, progress)._replace(step_peak=peak)
 
 
 def _validated(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress, base: Base) -> Progress:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from typing import Any
 
 from PIL import Image
 
+TINY = Path(__file__).parents[2] / "lora_kit" / "assets" / "tiny_base"
 PRESETS = ("attention", "kohya", "kohya-conv", "all-linear", "all")
 UNET: dict[str, Any] = {
     "_class_name": "UNet2DConditionModel",
@@ -96,6 +98,9 @@ def main() -> None:
         for base, (unet, text) in BASES.items():
             folder = root / base.replace(" ", "-")
             write_base(folder, unet, text)
+            for part in ("tokenizer", "scheduler"):  # a base that a run would take, too
+                shutil.copytree(TINY / part, folder / part)
+            shutil.copy(TINY / "model_index.json", folder)
             recipe = root / f"{folder.name}.yaml"
             recipe.write_text(
                 f"model: {{base: {folder}}}\ntargets: {{preset: kohya}}\ndata: {{sources: [{{path: data}}]}}\n"

@@ -14,6 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from lora_kit.errors import ModelError
 from lora_kit.models import tokenizers
 from lora_kit.models.layout import Configs
+from lora_kit.models.mapped import cast as to_dtype
 from lora_kit.models.single_file import ldm_configs, ldm_prediction
 from lora_kit.models.single_file.checkpoint_file import CheckpointFile
 from lora_kit.models.single_file.ldm_keys import Claim, claim, is_unused, structure
@@ -95,10 +96,12 @@ class LdmCheckpoint:
         state: dict[str, Tensor] = {}
         for name, found in self._claims.items():
             if found.component == component:
-                parts = unpacked(self._file.read(name).to(dtype), found, prefix)
+                parts = unpacked(self._file.read(name), found, prefix)
                 state.update({key: _as_linear(part, wanted.get(key, ())) for key, part in parts.items()})
         self._check(component, wanted, {name: tuple(tensor.shape) for name, tensor in state.items()})
         network.load_state_dict(state, strict=True, assign=True)
+        state.clear()
+        to_dtype(network, dtype)  # one weight after the other, and their mapped pages are given back
         return network
 
     def _check(self, component: str, wanted: Mapping[str, Any], got: Mapping[str, Any]) -> None:
