@@ -30,7 +30,7 @@ def quick_imports(*, compiles: bool = False) -> Generator[None]:
     its kernels, and a decorator alone loads torch's whole inductor (as long again); under torch's own switch they stay
     plain functions for this process. Whatever calls `torch.compile` after the imports is compiled as ever.
 
-    compiles: leave that switch alone, for a command that is going to call bitsandbytes. A value that the user set stays.
+    compiles: leave that switch alone, for a command that is going to call bitsandbytes. What the user set stays.
     """
     if "diffusers" in sys.modules:
         yield
