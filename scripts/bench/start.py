@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -61,18 +62,21 @@ def recipe_text(base: str, folder: Path) -> str:
 def whole(command: list[str], status: int = 0) -> Cost:
     """A process from its start to its end, which must be `status`."""
     started = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, ended, usage = os.wait4(process.pid, 0)
-    wall = time.monotonic() - started
-    process.returncode = os.waitstatus_to_exitcode(ended)
-    assert process.returncode == status, f"{command}: exit status {process.returncode}, expected {status}"
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
+        _, ended, usage = os.wait4(process.pid, 0)
+        wall = time.monotonic() - started
+        process.returncode = os.waitstatus_to_exitcode(ended)
+        said.seek(0)
+        assert process.returncode == status, f"{command}: exit status {process.returncode}:\n{said.read()}"
     return Cost(wall, usage.ru_utime + usage.ru_stime)
 
 
 def until_first_step(command: list[str], out: Path) -> Cost:
     """A training process from its start until `out`/metrics.jsonl has its first step; ended then."""
     metrics = out / "metrics.jsonl"
-    metrics.unlink(missing_ok=True)
+    shutil.rmtree(out, ignore_errors=True)  # the last one's, in this script's own temporary folder
+    out.mkdir()
     started = time.monotonic()
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, cwd=out.parent
@@ -224,9 +228,8 @@ def main() -> None:
         recipe = folder / "tiny.yaml"
         recipe.write_text(recipe_text("tiny", folder))
         whole([sys.executable, "-m", "lora_kit", "cache", str(recipe)])
-        (folder / "out").mkdir()
         if "commands" in wanted:
-            one = [str(recipe), "train.max_steps=1", f"output_dir={folder / 'adapter'}"]
+            one = [str(recipe), "train.max_steps=1", "schedule.warmup_steps=0", f"output_dir={folder / 'adapter'}"]
             whole([sys.executable, str(TRAIN), *one])
             found = measured(rows_of_commands(folder), options.repeats)
             table("**Commands**, whole processes.", found, columns)
