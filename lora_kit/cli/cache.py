@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lora_kit.cli.quick_imports import quick_imports
 from lora_kit.cli.text import byte_size
 from lora_kit.errors import RecipeError
 
@@ -60,7 +61,8 @@ def _fill(recipes: Sequence[Recipe]) -> None:
                 f"data.cache: got {recipe.data.cache}, with which nothing is kept on disk. Set it to disk in the "
                 "recipe, or add data.cache=disk here and when you train."
             )
-    from lora_kit.models.first_stage import vae_factor
+    with quick_imports():
+        from lora_kit.models.first_stage import vae_factor
     from lora_kit.progress import progress
     from lora_kit.training.caching import data_sets, fill_cache, open_cache
     from lora_kit.training.encoders import load_encoders, trains_text_encoder

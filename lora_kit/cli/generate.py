@@ -37,6 +37,7 @@ from lora_kit.cli.picture_options import (
     picture_options,
     prompts_or_pictures,
 )
+from lora_kit.cli.quick_imports import quick_imports
 
 __all__ = ["HELP_GROUPS", "command"]
 
@@ -78,7 +79,8 @@ def command(
     paths = [out / f"{index:03d}_{slug(text)}_seed{one}.png" for index, text in enumerate(names) for one in seeds]
     refuse_existing(paths, overwrite)
 
-    from lora_kit.cli.drawing import Wish, begin, facts_of, save_png
+    with quick_imports():
+        from lora_kit.cli.drawing import Wish, begin, facts_of, save_png
     from lora_kit.inference import SamplingSettings, generate
     from lora_kit.progress import progress
 

@@ -38,6 +38,7 @@ from lora_kit.cli.picture_options import (
     picture_options,
     prompts_or_pictures,
 )
+from lora_kit.cli.quick_imports import quick_imports
 from lora_kit.errors import RecipeError
 
 __all__ = ["HELP_GROUPS", "command"]
@@ -81,7 +82,8 @@ def command(
         parse_size(size)
     refuse_existing([out], overwrite)
 
-    from lora_kit.cli.drawing import Wish, begin, facts_of, save_png
+    with quick_imports():
+        from lora_kit.cli.drawing import Wish, begin, facts_of, save_png
     from lora_kit.inference import SamplingSettings, grid
     from lora_kit.progress import progress
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lora_kit.cli.quick_imports import quick_imports, uses_bitsandbytes
 from lora_kit.cli.text import byte_size
 
 if TYPE_CHECKING:
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
 
 def probed(recipe: Recipe) -> Probe:
     """Run the steps."""
-    from lora_kit.training.probe import probe  # here: a plan without it needs no torch
+    with quick_imports(compiles=uses_bitsandbytes(recipe)):
+        from lora_kit.training.probe import probe  # here: a plan without it needs no torch
 
     return probe(recipe)
 

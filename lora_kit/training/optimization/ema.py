@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from lora_kit.recipe import TrainSection
 from lora_kit.training.processes.sharding import is_sharded
+
+if TYPE_CHECKING:
+    from diffusers.training_utils import EMAModel
 
 
 class WeightAverage:
@@ -109,6 +111,8 @@ def _kept(parameter: nn.Parameter) -> Tensor:
 
 
 def _ema_model(parameters: list[nn.Parameter], section: TrainSection) -> EMAModel:
+    from diffusers.training_utils import EMAModel  # here: it imports torchvision and DeepSpeed where they are installed
+
     assert section.ema_decay is not None
     if section.ema_warmup is None:
         return EMAModel(parameters, decay=section.ema_decay)
