@@ -86,6 +86,8 @@ class Cost(NamedTuple):
     seconds: float
     anonymous_mb: float
     resident_mb: float
+    cpu_seconds: float = 0.0
+    """Of all its cores, system and user."""
 
 
 def write_base(folder: Path) -> None:
@@ -126,12 +128,14 @@ def measure(command: Sequence[str]) -> Cost:
     sampler.start()
     assert process.stderr is not None
     errors = process.stderr.read()
-    process.wait()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
     seconds = time.monotonic() - started
     sampler.join()
     if process.returncode:
         raise SystemExit(f"{command[:3]} failed:\n{errors.decode()[-2000:]}")
-    return Cost(seconds, peak["RssAnon"] / 1024, peak["VmHWM"] / 1024)
+    cpu = usage.ru_utime + usage.ru_stime
+    return Cost(seconds, peak["RssAnon"] / 1024, peak["VmHWM"] / 1024, cpu)
 
 
 def _sample(pid: int, peak: dict[str, int]) -> None:
@@ -204,7 +208,7 @@ def main() -> None:
     best = {name: min(found) for name, found in costs.items()}
     reference = best.get(REFERENCE)
     print("| process | seconds | of diffusers' | anonymous MB | peak resident MB |\n|---|---|---|---|---|")
-    for name, (seconds, anonymous, resident) in best.items():
+    for name, (seconds, anonymous, resident, _) in best.items():
         share = f"{seconds / reference.seconds:.2f}" if reference else "–"
         print(f"| {name} | {seconds:.1f} | {share} | {anonymous:.0f} | {resident:.0f} |")
 
