@@ -21,15 +21,19 @@ from lora_kit.recipe.compiling import batch_lengths
 from lora_kit.targeting import ModuleInfo, TargetPlan
 
 BACKEND: Any = "inductor"
-_OPTIONS = {"inductor": {"fallback_random": True}}
+_INDUCTOR: dict[str, Any] = {"fallback_random": True}
 """Dropout draws what it draws uncompiled: a run with it is the same run."""
 _FIX = "set `train.compile: false`"
 
 
 def check_compile(recipe: Recipe, device: torch.device) -> None:
-    """Compile and run one small function on `device`, if the recipe compiles. Raises RecipeError where that fails."""
-    if not recipe.train.compile:
-        return
+    """`check_device`, if the recipe compiles."""
+    if recipe.train.compile:
+        check_device(device)
+
+
+def check_device(device: torch.device) -> None:
+    """Compile and run one small function on `device`. Raises RecipeError where that fails."""
     try:
         small = torch.compile(nn.functional.silu, backend=BACKEND, dynamic=False, fullgraph=True)
         small(torch.ones(8, device=device, requires_grad=True)).sum().backward()
@@ -50,26 +54,31 @@ def compile_blocks(
     sizes: Sequence[Size],
     processes: int = 1,
 ) -> CompilePlan | None:
-    """Let the UNet's repeated blocks run compiled in training steps; what that makes, None where it is not asked for.
-
-    Names of weights stay as they are. Nothing is compiled yet: each piece of code when it is first needed. Must come
-    after adapters are in. tree: of the network without them; sizes: of the pictures.
-    """
+    """`compile_network` for all shapes of the run's micro-batches, if the recipe compiles. sizes: of the pictures."""
     if not recipe.train.compile:
         return None
+    return compile_network(bundle.unet, tree, plan, len(sizes) * batch_lengths(recipe, processes))
+
+
+def compile_network(unet: nn.Module, tree: Iterable[ModuleInfo], plan: TargetPlan, shapes: int) -> CompilePlan:
+    """Let the UNet's repeated blocks run compiled in training steps; what that makes.
+
+    Names of weights stay as they are. Nothing is compiled yet: each piece of code when it is first needed. Must come
+    after adapters are in. tree: of the network without them; shapes: how many a micro-batch may have.
+    """
     tree = list(tree)
-    found = compile_plan(tree, plan, len(sizes) * batch_lengths(recipe, processes))
+    found = compile_plan(tree, plan, shapes)
     torch.compiler.reset()  # an earlier run's code in this process would count towards this one's limit
     config = cast(Any, torch)._dynamo.config
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, found.limit)
     for block in repeated_blocks(tree):
-        module = bundle.unet.get_submodule(block.name.removeprefix("unet."))
+        module = unet.get_submodule(block.name.removeprefix("unet."))
         module.compile(
             backend=BACKEND,
             dynamic=False,
             fullgraph=True,
             recompile_limit=found.limit,
-            options=_OPTIONS.get(str(BACKEND)),
+            options=_INDUCTOR if BACKEND == "inductor" else None,
         )
         own = cast(Any, module)
         own._compiled_call_impl = _in_steps(block.name, module, own._compiled_call_impl)
