@@ -1,4 +1,4 @@
-"""`model.attention`: what is told where xformers cannot be had, and diffusers' wiring with a stand-in for the package."""
+"""`model.attention`: what is told where xformers cannot be had, and the wiring with a stand-in for the package."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_kit.errors import RecipeError
 from lora_kit.models import attention, load_bundle
-from lora_kit.recipe import ModelSection
+from lora_kit.recipe import ModelSection, Recipe
 from lora_kit.training.encoders import load_encoders
 
 
@@ -39,9 +39,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         monkeypatch.setattr(module, "is_xformers_available", lambda: True)
     monkeypatch.setattr(attention_processor, "xformers", stand_in)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(
-        torch, "randn", lambda *shape, **how: drawn(*shape, **{k: how[k] for k in how if k != "device"})
-    )
+    monkeypatch.setattr(torch, "randn", lambda *shape, **how: drawn(*shape, **(how | {"device": "cpu"})))
     return seen
 
 
@@ -70,8 +68,6 @@ def test_the_unet_and_the_vae_compute_the_same_through_xformers(folder, calls):
 
 
 def test_what_fills_a_cache_takes_it_too(tiny_sd1_folder, picture_folder, calls):
-    from lora_kit.recipe import Recipe
-
     recipe = Recipe.model_validate(
         {
             "model": {"base": str(tiny_sd1_folder), "attention": "xformers"},
