@@ -24,24 +24,8 @@ def gpu(monkeypatch):
 
 
 def test_every_variant_has_a_row_and_what_cannot_be_had_says_why(gpu, monkeypatch, capsys):
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        [
-            "gpu.py",
-            "--device",
-            "cpu",
-            "--quick",
-            "--batches",
-            "1,2",
-            "--precisions",
-            "bf16",
-            "--rounds",
-            "1",
-            "--targets",
-            "all",
-        ],
-    )
+    options = "--device cpu --quick --batches 1,2 --precisions bf16 --rounds 1 --targets all"
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *options.split()])
     gpu.main()
     head, _, *table = capsys.readouterr().out.strip().splitlines()
     assert "toy network" in head
