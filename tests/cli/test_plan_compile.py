@@ -15,7 +15,8 @@ def recipe(tiny_sd1_folder: Path, make_picture_folder, tmp_path: Path) -> Path:
     pictures = make_picture_folder(tmp_path / "pictures", count=3)
     path = tmp_path / "recipe.yaml"
     path.write_text(
-        f"model: {{base: {tiny_sd1_folder}}}\ndata: {{sources: [{{path: {pictures}}}], resolution: 16, batch_size: 3}}\n"
+        f"model: {{base: {tiny_sd1_folder}}}\n"
+        f"data: {{sources: [{{path: {pictures}}}], resolution: 16, batch_size: 3}}\n"
         "train: {compile: true, micro_batch_size: 2}\n"
     )
     return path

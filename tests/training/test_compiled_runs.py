@@ -92,17 +92,24 @@ def test_a_compiled_run_that_was_stopped_and_resumed_is_the_same_run(make_recipe
     assert traced.graphs
 
 
+def mixed(*settings: str) -> str:
+    """Rules that give each settings a linear layer of every transformer block: one tracing for all."""
+    places = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_k")
+    rules = [f"{{match: 'unet.**.{place}', {one}}}" for place, one in zip(places, settings, strict=False)]
+    return f"[{', '.join(rules)}]"
+
+
 METHODS = {
-    "attention": "{preset: attention, rank: 2}",
-    "dropouts": "{preset: all, rank: 2, dropout: 0.2, rank_dropout: 0.2}",
-    "rslora, two ranks": "[{match: 'unet.**', rank: 2, method: rslora}, {match: 'unet.**.to_q', rank: 3}]",
-    "pissa": "{preset: all, rank: 2, init: pissa}",
-    "dora": "{preset: all, rank: 2, method: dora}",
-    "loha": "{preset: all, rank: 2, method: loha}",
-    "lokr": "{preset: all, rank: 2, method: lokr}",
-    "oft": "{preset: all, method: oft}",
-    "boft": "{preset: all, method: boft}",
-    "diff": "{match: 'unet.**', method: diff}",
+    "factors": mixed(
+        "rank: 2, dropout: 0.2",
+        "rank: 3, method: rslora, rank_dropout: 0.2",
+        "rank: 2, init: pissa",
+        "rank: 2, method: dora",
+        "rank: 2, method: loha",
+        "rank: 2, method: lokr",
+    ),
+    "others": mixed("method: oft", "method: boft", "method: diff"),
+    "convolutions": "{match: 'unet.**.resnets.*.conv1', rank: 2, method: loha, rank_dropout: 0.2}",
     "full": "{match: 'unet.**', method: full}",
     "text encoder": "{preset: attention, rank: 2, text_encoder: true}",
 }
