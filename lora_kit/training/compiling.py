@@ -107,6 +107,7 @@ def _in_steps(name: str, block: nn.Module, compiled: Callable[..., Any]) -> Call
 
 
 def _first_line(error: BaseException) -> str:
+    error = getattr(error, "inner_exception", error)  # what torch says `backend='…' raised:` of
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     first = lines[0] if lines else type(error).__name__
     return first if first.endswith(".") else f"{first}."

@@ -150,7 +150,8 @@ def test_each_bucket_and_length_is_compiled_once_and_none_too_many(make_recipe, 
     assert len(run.data.places.sizes) == 2
     torch.compiler.reset()
     train(recipe)
-    assert run.compiled.pieces <= traced.graphs <= run.compiled.limit
+    # "About": sizes that the small base halves to one latent can share a piece, and first blocks may need two.
+    assert run.compiled.different < traced.graphs <= run.compiled.limit
 
 
 def test_only_steps_are_compiled(make_recipe, traced):
