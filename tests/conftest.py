@@ -13,9 +13,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-SHARED = "PYTEST_XDIST_WORKER" in os.environ  # other workers beside this one: a core each
-if SHARED:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -27,7 +24,11 @@ from text2im_samples import small_text2im
 from lora_kit.models import ModelBundle, load_bundle
 from lora_kit.recipe import ModelSection
 
-torch.set_num_threads(1 if SHARED else min(2, torch.get_num_threads()))
+if "PYTEST_XDIST_WORKER" in os.environ:  # other workers beside this one: a core each, also for what tests launch
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+else:
+    torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 def _small_pipeline(version: int, fills_masks: bool = False) -> Any:

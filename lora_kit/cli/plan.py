@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lora_kit.cli.plan_facts import Memory, Steps
     from lora_kit.cli.plan_sources import DataFacts
     from lora_kit.models.outline import Outline
+    from lora_kit.models.repeated_blocks import CompilePlan
     from lora_kit.recipe import Recipe
     from lora_kit.targeting import TargetPlan
 
@@ -45,11 +46,13 @@ class _Facts(NamedTuple):
     data: DataFacts
     length: Steps
     memory: Memory
+    compiled: CompilePlan | None
 
 
 def _planned(loaded: Recipe) -> _Facts:
     """Everything of the plan; raises what the run would raise before its first step, as far as headers and configs
     tell."""
+    from lora_kit.cli.plan_compile import compiled
     from lora_kit.cli.plan_facts import memory, steps
     from lora_kit.cli.plan_memory import with_step
     from lora_kit.cli.plan_sources import data_facts
@@ -69,7 +72,7 @@ def _planned(loaded: Recipe) -> _Facts:
     length = steps(loaded, data.samples, data.buckets.steps if data.buckets else None)
     few_bits = quantised_layers(loaded.model.quantize, base.tree, plan)
     held = with_step(memory(loaded, plan, base.parameters, few_bits), loaded, plan, few_bits)
-    return _Facts(loaded, plan, rates, data, length, held)
+    return _Facts(loaded, plan, rates, data, length, held, compiled(loaded, base.tree, plan, data))
 
 
 def _check_base(recipe: Recipe, base: Outline, plan: TargetPlan) -> None:
@@ -104,13 +107,14 @@ def _check_optimizer(recipe: Recipe) -> None:
 
 def _document(facts: _Facts, probe: bool) -> dict[str, Any]:
     from lora_kit.cli.plan_buckets import bucket_json
+    from lora_kit.cli.plan_compile import compile_json
     from lora_kit.cli.plan_memory import memory_json
     from lora_kit.cli.plan_probe import probed
     from lora_kit.cli.plan_sources import source_json
     from lora_kit.cli.plan_tokens import token_json
     from lora_kit.targeting import plan_to_json
 
-    recipe, plan, rates, data, length, held = facts
+    recipe, plan, rates, data, length, held, compiled = facts
     return {
         "base": recipe.model.base,
         "trainable_parameters": plan.trainable_parameters,
@@ -120,6 +124,7 @@ def _document(facts: _Facts, probe: bool) -> dict[str, Any]:
         "data": source_json(data.survey),
         "buckets": bucket_json(data.buckets) if data.buckets else None,
         "steps": length._asdict(),
+        "compile": compile_json(compiled),
         "memory_bytes": memory_json(held),
         **({"probe": probed(recipe)._asdict()} if probe else {}),
     }
@@ -135,13 +140,14 @@ def _show(facts: _Facts, probe: bool) -> None:
     from lora_kit.cli.plan_tokens import token_lines
     from lora_kit.targeting import plan_table
 
-    recipe, plan, rates, data, length, held = facts
+    recipe, plan, rates, data, length, held, compiled = facts
     console = Console(highlight=False)
     tables = [*([plan_table(plan)] if plan.targets else []), source_table(data.survey)]
     for table in [*tables, *([bucket_table(data.buckets)] if data.buckets else [])]:
         console.print(table)
     lines = [*([_rates_line(rates, recipe.optimizer.lr_ratio)] if rates else []), *token_lines(recipe)]
     lines += [*source_lines(data.survey), *(bucket_lines(data.buckets) if data.buckets else ())]
+    lines += [compiled.line()] if compiled else []
     for line in [*lines, _steps_line(length), *memory_lines(held, recipe)]:
         console.print(line, markup=False, soft_wrap=True)
     for line in probe_lines(probed(recipe), recipe, held) if probe else ():

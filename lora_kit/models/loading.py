@@ -13,6 +13,7 @@ from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBe
 
 from lora_kit.errors import ModelError
 from lora_kit.models import tokenizers
+from lora_kit.models.attention import use_attention
 from lora_kit.models.bundle import Family, FirstStage, ModelBundle
 from lora_kit.models.diffusers_layout import DiffusersBase
 from lora_kit.models.family.families import recognise
@@ -61,6 +62,7 @@ def load_bundle(
             tokenizers.check(bundle.tokenizer, configs.text_encoder.vocab_size, section.base)
     for network in bundle.networks:
         network.eval().requires_grad_(False)
+    use_attention(section.attention, bundle.unet, bundle.vae)
     return bundle
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from lora_kit.recipe.base import Problem
+from lora_kit.recipe.compiling import compile_problems
 from lora_kit.recipe.inpainting import inpainting_problems
 from lora_kit.recipe.methods import WITH_UP_AND_DOWN
 from lora_kit.recipe.objective import prediction_problems
@@ -37,7 +38,9 @@ def recipe_problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _begins_twice(recipe)
     yield from _layout(recipe)
     yield from token_problems(recipe)
-    yield from quantize_problems(recipe.model, [one for one in _placed_rules(recipe) if _trains(one.rule)])
+    trained = [one for one in _placed_rules(recipe) if _trains(one.rule)]
+    yield from quantize_problems(recipe.model, trained)
+    yield from compile_problems(recipe, trained)
 
 
 class Placed(NamedTuple):

@@ -94,6 +94,9 @@ class ModelSection(Section):
     2023) or 8 (`int8`, LLM.int8(), Dettmers et al. 2022), by bitsandbytes. Saves memory, costs time and exactness, both
     told at the start. Of the UNet, and of the text encoder where it is trained; convolutions, norms and embeddings
     stay. For `lora` and `rslora`; the adapter is an ordinary one for the true base."""
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    """What computes attention in the UNet and the VAE. `sdpa`: torch's own, which picks the fastest of its kernels for
+    the device. `xformers`: that package's, as diffusers sets it, on NVIDIA GPUs: `pip install lora_kit[xformers]`."""
     weights: Literal["pretrained", "fresh"] = "pretrained"
     """`fresh` initialises UNet and text encoder anew from the base's configs (the VAE keeps its weights)."""
 
@@ -153,6 +156,10 @@ class TrainSection(TrackerSection):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: a third slower, far less memory. Blocks in front of the first adapter
     keep nothing either way, and are not computed twice."""
+    compile: bool = False
+    """torch.compile of the UNet's repeated blocks, resnets and transformer blocks, one by one for each shape of a
+    micro-batch: the first step of each shape takes minutes, the others less time. Steps only; pictures are drawn and
+    losses measured by the network as it is. Needs a C++ compiler, on a GPU triton. Not under FSDP."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Keep an exponential moving average of the trained weights: a result of its own beside the weights as trained
     (adapter.ema.safetensors, model_ema), and what validation measures and draws. 0.999 for long full runs."""

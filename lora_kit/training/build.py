@@ -20,6 +20,7 @@ from lora_kit.recipe import Recipe
 from lora_kit.targeting import TargetPlan, make_plan, module_tree
 from lora_kit.targeting.quantised import Quantised, quantised_layers
 from lora_kit.training.checkpoints.state import named_trainables
+from lora_kit.training.compiling import compile_blocks
 from lora_kit.training.conditions import Conditions
 from lora_kit.training.learned_tokens import LearnedTokens, start_tokens
 from lora_kit.training.objective import adopt_schedule, build_objective
@@ -62,6 +63,7 @@ def build_run(recipe: Recipe, accelerator: Accelerator, resumes: bool = False, d
     if few_bits.modules and not resumes:
         exact = exact_losses(recipe, bundle, data, trains_text, accelerator)
     quantised = _lay_out(recipe, accelerator, bundle, _Parts(plan, few_bits, trains_text, tokens), data, exact)
+    compiled = compile_blocks(recipe, bundle, tree, plan, data.training.places.sizes, accelerator.num_processes)
     trainable = named_trainables(bundle.components)
     by_module = trainable_parameters(bundle.components, plan)
     groups = parameter_groups(plan, by_module, recipe.optimizer, up_matrices(trainable))
@@ -79,7 +81,8 @@ def build_run(recipe: Recipe, accelerator: Accelerator, resumes: bool = False, d
     average = WeightAverage(trainable, recipe.train, learner.optimizer.optimizer)
     limited = limited_modules(plan, by_module)
     return Run(
-        recipe, accelerator, bundle, plan, data, trainable, average, learner, hashed, start, limited, quantised, tokens
+        *(recipe, accelerator, bundle, plan, data, trainable, average, learner, hashed),
+        *(start, limited, quantised, tokens, compiled),
     )
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lora_kit.data.cache import Encode, TextEncode
 from lora_kit.models import ModelBundle, skeleton
+from lora_kit.models.attention import use_attention
 from lora_kit.models.loading import fresh_text_encoder, open_layout
 from lora_kit.models.tokenizers import check
 from lora_kit.recipe import Recipe
@@ -32,6 +33,7 @@ def load_encoders(recipe: Recipe) -> ModelBundle:
             check(bundle.tokenizer, configs.text_encoder.vocab_size, recipe.model.base)
     for network in bundle.networks[1:]:  # all but the UNet
         network.eval().requires_grad_(False)
+    use_attention(recipe.model.attention, bundle.vae)
     return bundle
 
 

@@ -13,6 +13,7 @@ from lora_kit.data import Flaw, TrainingSet
 from lora_kit.data.records import name_some
 from lora_kit.models import ModelBundle
 from lora_kit.models.adapter_layouts import layout_for
+from lora_kit.models.repeated_blocks import CompilePlan
 from lora_kit.recipe import Recipe
 from lora_kit.recipe.save import Layout
 from lora_kit.targeting import TargetPlan, plan_to_json
@@ -54,6 +55,8 @@ class Run(NamedTuple):
     """What `model.quantize` did; None: nothing."""
     tokens: LearnedTokens | None = None
     """New words whose vectors are trained; None: none."""
+    compiled: CompilePlan | None = None
+    """What is compiled; None: nothing."""
 
     @property
     def data(self) -> TrainingSet:
@@ -99,6 +102,8 @@ class Run(NamedTuple):
             notices = [f"{self.accelerator.num_processes} processes share each step's pictures.", *notices]
         if self.quantised is not None:
             notices = [*notices, self.quantised.line()]
+        if self.compiled is not None:
+            notices = [*notices, f"{self.compiled.line()}. The first step of each shape takes longer: it compiles."]
         if self.tokens is not None:
             notices = [*notices, *token_notices(self.tokens, self.recipe, self.data)]
         if len({target.alpha for target in self.plan.targets}) > 1:

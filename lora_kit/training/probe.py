@@ -15,9 +15,11 @@ from lora_kit.data import Batch, TrainingSet
 from lora_kit.data.loader import process_share
 from lora_kit.data.sampler import micro_batches
 from lora_kit.errors import RecipeError
+from lora_kit.models.attention import check_attention
 from lora_kit.models.first_stage import latent_channels, vae_factor
 from lora_kit.recipe import Recipe
 from lora_kit.training.build import build_run
+from lora_kit.training.compiling import check_compile
 from lora_kit.training.objects import Run
 from lora_kit.training.optimization.optimizers import check_optimizer
 from lora_kit.training.peak_memory import peak_memory, reset_peak
@@ -74,6 +76,8 @@ def probe(recipe: Recipe, steps: int = STEPS) -> Probe:
     if accelerator.num_processes > 1 or sharding_of(accelerator) is not None:
         raise RecipeError("--probe measures one process by itself; run it without `accelerate launch`.")
     check_optimizer(recipe, accelerator.device)
+    check_attention(recipe.model.attention)
+    check_compile(recipe, accelerator.device)
     reset_peak(accelerator.device)
     run = build_run(recipe, accelerator, resumes=True, data=stand_in_data(recipe))
     loading = peak_memory(accelerator.device)
@@ -129,6 +133,8 @@ def _batch(
 
 
 def stand_in_data(recipe: Recipe) -> PreparedData:
-    """Stands for the data: whether latents are kept is all that building a run asks of it."""
-    stand_in: Any = SimpleNamespace(latents=object() if keeps_latents(recipe) else None)
+    """Stands for the data: whether latents are kept, and the pictures' size, are all that building a run asks of it."""
+    side = picture_side(recipe)
+    places = SimpleNamespace(sizes=((side, side),))
+    stand_in: Any = SimpleNamespace(latents=object() if keeps_latents(recipe) else None, places=places)
     return PreparedData(cast(TrainingSet, stand_in), None, (), ())

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from lora_kit.data import make_loader
 from lora_kit.files import write_text
+from lora_kit.models.attention import check_attention
 from lora_kit.models.quantise import check_quantise
 from lora_kit.recipe import Recipe, dump_recipe
 from lora_kit.training.build import build_run
@@ -18,6 +19,7 @@ from lora_kit.training.checkpoints.disk import full_disk_told
 from lora_kit.training.checkpoints.resume import begin
 from lora_kit.training.checkpoints.saving import interrupted, is_best, last_whole, link_best, save_now, write_checkpoint
 from lora_kit.training.checkpoints.state import Progress
+from lora_kit.training.compiling import check_compile
 from lora_kit.training.finish import Outcome, finish_run
 from lora_kit.training.folder import RunFolder, prepare_folder
 from lora_kit.training.metrics import Metrics, NoMetrics
@@ -53,6 +55,8 @@ def train(recipe: Recipe) -> Outcome:
 def _train_in(folder: RunFolder, recipe: Recipe, accelerator: Accelerator) -> Outcome:
     check_optimizer(recipe, accelerator.device)
     check_quantise(recipe.model.quantize, accelerator.device, sharded=sharding_of(accelerator) is not None)
+    check_attention(recipe.model.attention)
+    check_compile(recipe, accelerator.device)
     damaged = prepare_folder(recipe) if accelerator.is_main_process else []
     accelerator.wait_for_everyone()
     checkpoint = common_checkpoint(accelerator, recipe)

@@ -76,7 +76,7 @@ def _problems(environment: Mapping[str, str]) -> Iterator[str]:
         )
     backend = environment.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if backend.lower() not in ("no", ""):
-        yield f"dynamo_backend {backend}: networks are not compiled. Set it to no."
+        yield f"dynamo_backend {backend}: the recipe says it. Set it to no, and train.compile: true in the recipe."
     if _true(environment, "ACCELERATE_USE_FSDP"):
         yield from _fsdp_problems(environment)
 

@@ -95,6 +95,8 @@ def whole_network(network: nn.Module, keeps: bool, dtype: torch.dtype | None = N
 def _problems(recipe: Recipe) -> Iterator[str]:
     if any(source.target == "base" for source in recipe.data.sources):
         yield "`target: base` of a source: processes would run their networks unequally often. Launch without FSDP."
+    if recipe.train.compile:
+        yield "train.compile: compiled blocks were not tried on sharded weights. Set it to false, or launch with DDP."
     rules = listed(recipe.targets)
     if not any(rule.method == "full" for rule in rules):
         return
