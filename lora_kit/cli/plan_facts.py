@@ -33,8 +33,8 @@ class Memory(NamedTuple):
     unquantised: int | None = None
     """What `frozen` would be without `model.quantize`; None: it is not quantised."""
     activations: int | None = None
-    """What the fullest moment of a micro-batch's passes holds beyond weights and all gradients: it grows with batch and
-    resolution. None, as the rest: not reckoned."""
+    """What the fullest moment of a micro-batch's passes holds beyond weights and all gradients, and at least what is
+    saved: it grows with batch and resolution. None, as the rest: not reckoned."""
     saved: int | None = None
     """Of these, what autograd keeps from the forward pass for the backward pass."""
     libraries: int | None = None

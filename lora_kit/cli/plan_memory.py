@@ -26,9 +26,9 @@ def with_step(held: Memory, recipe: Recipe, plan: TargetPlan, few_bits: Quantise
     device = "cuda" if torch.cuda.is_available() else "cpu"
     libraries = libraries_bytes() if device == "cpu" else 0
     found = reckon(recipe, plan, few_bits, device)
-    return held._replace(
-        saved=found.saved, activations=max(found.peak - found.gradients, 0), libraries=libraries, device=device
-    )
+    # At the end of the forward pass all that is saved lives; gradients come as it goes.
+    activations = max(found.peak - found.gradients, found.saved)
+    return held._replace(saved=found.saved, activations=activations, libraries=libraries, device=device)
 
 
 def memory_json(held: Memory) -> dict[str, Any]:
