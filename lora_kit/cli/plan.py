@@ -22,6 +22,9 @@ def command(
     recipe: Annotated[str, typer.Argument(help="A YAML recipe.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, over the recipe's own.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    activations: Annotated[
+        bool, typer.Option("--memory", help="Also reckon a step's activations and peak memory: some seconds more.")
+    ] = False,
     probe: Annotated[
         bool, typer.Option("--probe", help="Also load the base and run three steps on noise: their time and memory.")
     ] = False,
@@ -30,7 +33,7 @@ def command(
     Loads no weights and decodes no picture, but with --probe, which loads the base."""
     from lora_kit.recipe import load_recipe
 
-    facts = _planned(load_recipe(recipe, overrides or ()))
+    facts = _planned(load_recipe(recipe, overrides or ()), activations or probe)
     if as_json:
         typer.echo(json.dumps(_document(facts, probe), ensure_ascii=False, indent=1))
     else:
@@ -49,9 +52,9 @@ class _Facts(NamedTuple):
     compiled: CompilePlan | None
 
 
-def _planned(loaded: Recipe) -> _Facts:
-    """Everything of the plan; raises what the run would raise before its first step, as far as headers and configs
-    tell."""
+def _planned(loaded: Recipe, activations: bool) -> _Facts:
+    """Everything of the plan, a step's activations if asked; raises what the run would raise before its first step, as
+    far as headers and configs tell."""
     from lora_kit.cli.plan_compile import compiled
     from lora_kit.cli.plan_facts import memory, steps
     from lora_kit.cli.plan_memory import with_step
@@ -71,7 +74,8 @@ def _planned(loaded: Recipe) -> _Facts:
     data = data_facts(loaded.data)
     length = steps(loaded, data.samples, data.buckets.steps if data.buckets else None)
     few_bits = quantised_layers(loaded.model.quantize, base.tree, plan)
-    held = with_step(memory(loaded, plan, base.parameters, few_bits), loaded, plan, few_bits)
+    held = memory(loaded, plan, base.parameters, few_bits)
+    held = with_step(held, loaded, plan, few_bits) if activations else held
     return _Facts(loaded, plan, rates, data, length, held, compiled(loaded, base.tree, plan, data))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lora_kit.cli.quick_imports import quick_imports, uses_bitsandbytes
 from lora_kit.cli.text import byte_size
 
 if TYPE_CHECKING:
@@ -16,11 +17,13 @@ if TYPE_CHECKING:
 def with_step(held: Memory, recipe: Recipe, plan: TargetPlan, few_bits: Quantised) -> Memory:
     """The memory with what a step adds, reckoned by a pass on fake tensors.
 
-    That is the slowest part of a plan, for it takes the run's own libraries: their bytes are measured here, too.
+    That takes the run's own libraries, and longer than the rest of a plan: their bytes are measured here, too.
     """
+    with quick_imports(compiles=uses_bitsandbytes(recipe)):
+        from lora_kit.training.reckoning.fake_step import reckon
+
     import torch
 
-    from lora_kit.training.reckoning.fake_step import reckon
     from lora_kit.training.reckoning.libraries import libraries_bytes
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,7 +50,7 @@ def memory_lines(held: Memory, recipe: Recipe) -> list[str]:
         f"        {byte_size(held.frozen)} frozen weights{few}",
     ]
     if held.activations is None or held.libraries is None or held.expected_peak is None or held.saved is None:
-        return lines
+        return [*lines, "        activations come on top: --memory reckons them"]
     from lora_kit.training.reckoning.fake_step import micro_batch, picture_side
 
     side, count = picture_side(recipe), micro_batch(recipe)

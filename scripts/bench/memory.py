@@ -50,7 +50,8 @@ def main() -> None:
         print("|---|---|---|---|---|---|---|", flush=True)
         for name in options.only.split(",") if options.only else ROWS:
             overrides = ROWS[name]
-            reckoned = _json(["-m", "lora_kit", "plan", recipe, *overrides, "--json"])["memory_bytes"]["expected_peak"]
+            plan = _json(["-m", "lora_kit", "plan", recipe, *overrides, "--memory", "--json"])
+            reckoned = plan["memory_bytes"]["expected_peak"]
             row = json.dumps([recipe, *overrides])
             found = _json([__file__, "--row", row, "--steps", str(options.steps)])
             sizes = [f"{size / 1e6:,.0f}" for size in (reckoned, found["resident"])]

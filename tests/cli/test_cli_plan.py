@@ -63,7 +63,21 @@ def test_table_and_facts_for_humans(recipe: Path, capsys: pytest.CaptureFixture[
     assert "preset kohya" in shown
     assert "lora rank 2" in shown
     assert "steps: 30 of 4 pictures in micro-batches of 2; 12 epochs of 10 samples" in shown
-    assert "frozen weights" in shown and "expected at a step's peak" in shown
+    assert "frozen weights" in shown and "activations come on top: --memory reckons them" in shown
+
+
+def test_the_peak_is_the_sum_of_its_parts_and_grows_with_the_micro_batch(recipe: Path, capsys) -> None:
+    peaks = []
+    for micro_batch in ("1", "2"):
+        assert main(["plan", str(recipe), f"train.micro_batch_size={micro_batch}", "--memory", "--json"]) == 0
+        held = json.loads(capsys.readouterr().out)["memory_bytes"]
+        parts = (held[part] for part in ("frozen", "trainable", "activations", "libraries"))
+        assert held["expected_peak"] == sum(parts)
+        peaks.append(held["activations"])
+    assert peaks[0] < peaks[1]
+    assert main(["plan", str(recipe), "--memory"]) == 0
+    shown = capsys.readouterr().out
+    assert "activations of 2 pictures of " in shown and "expected at a step's peak" in shown
 
 
 def test_overrides_change_the_plan(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
