@@ -40,7 +40,7 @@ class JoinedLinear(Linear):
         dtype = _common_dtype(x, plain)
         if plain is None or dtype is None:
             return super().forward(x, *args, **kwargs)
-        return cast(Tensor, _Linear.apply(x.to(dtype), *plain))
+        return _run(_Linear, x.to(dtype), *plain)
 
 
 class JoinedConv2d(Conv2d):
@@ -53,7 +53,21 @@ class JoinedConv2d(Conv2d):
         base = cast(nn.Conv2d, self.base_layer)
         if plain is None or dtype is None or x.ndim != 4 or not _is_usual(base):
             return super().forward(x, *args, **kwargs)
-        return cast(Tensor, _Conv.apply(x.to(dtype), *plain, (base.stride, base.padding)))
+        return _run(_Conv, x.to(dtype), *plain, (base.stride, base.padding))
+
+
+def _run(function: Any, *arguments: Any) -> Tensor:
+    """The function's output; where no gradient will be asked for, without autograd's bookkeeping."""
+    if torch.is_grad_enabled():
+        return cast(Tensor, function.apply(*arguments))
+    return cast(Tensor, function.forward(_Forgets(), *arguments))
+
+
+class _Forgets:
+    """Stands for an autograd function's context where there is no backward pass."""
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        """Nothing is kept."""
 
 
 def _is_usual(conv: nn.Conv2d) -> bool:

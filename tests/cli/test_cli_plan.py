@@ -66,18 +66,20 @@ def test_table_and_facts_for_humans(recipe: Path, capsys: pytest.CaptureFixture[
     assert "frozen weights" in shown and "activations come on top: --memory reckons them" in shown
 
 
-def test_the_peak_is_the_sum_of_its_parts_and_grows_with_the_micro_batch(recipe: Path, capsys) -> None:
+def test_the_peak_is_the_sum_of_its_parts_and_grows_with_the_micro_batch(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     peaks = []
     for micro_batch in ("1", "2"):
-        assert main(["plan", str(recipe), f"train.micro_batch_size={micro_batch}", "--memory", "--json"]) == 0
+        assert _run(str(recipe), f"train.micro_batch_size={micro_batch}", "--memory", "--json") == 0
         held = json.loads(capsys.readouterr().out)["memory_bytes"]
         parts = (held[part] for part in ("frozen", "trainable", "activations", "libraries"))
         assert held["expected_peak"] == sum(parts)
         peaks.append(held["activations"])
     assert peaks[0] < peaks[1]
-    assert main(["plan", str(recipe), "--memory"]) == 0
+    assert _run(str(recipe), "--memory") == 0
     shown = capsys.readouterr().out
-    assert "activations of 2 pictures of " in shown and "expected at a step's peak" in shown
+    assert "activations of 4 pictures of " in shown and "expected at a step's peak" in shown
 
 
 def test_overrides_change_the_plan(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
