@@ -146,6 +146,7 @@ def test_what_a_killed_process_left_is_put_right(tmp_path):
     shutil.copytree(first, tmp_path / ".step-000001.aside")  # killed after them
     (tmp_path / ".step-000003.77.tmp").mkdir()
     (tmp_path / ".step-000000.removed").mkdir()
+    (tmp_path / ".best.77.tmp").symlink_to("step-000001")
     tidy(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000001", "step-000002"]
     assert damage(second) == ""

@@ -115,6 +115,7 @@ METHODS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rules", METHODS.values(), ids=METHODS)
 def test_every_method_is_traced_without_a_gap(make_recipe, traced, rules):
     """One graph a piece (a gap is an error), as many as were counted, and the plain step's loss and gradients."""
@@ -133,6 +134,7 @@ def test_every_method_is_traced_without_a_gap(make_recipe, traced, rules):
     assert run.compiled.different <= traced.graphs <= run.compiled.limit
 
 
+@pytest.mark.slow
 def test_each_bucket_and_length_is_compiled_once_and_none_too_many(make_recipe, make_picture_folder, tmp_path, traced):
     pictures = make_picture_folder(tmp_path / "wide", count=3, size=(48, 24))
     make_picture_folder(tmp_path / "square", count=4, size=(32, 32))

@@ -91,6 +91,8 @@ def tidy(folder: Path) -> None:
             aside.rename(path)
     for left in [*folder.glob(".step-*.tmp"), *folder.glob(".step-*.removed")]:
         shutil.rmtree(left)
+    for mark in folder.glob(f".{BEST}.*.tmp"):  # a link, or a file that stands for one
+        mark.unlink()
 
 
 def set_damaged_aside(folder: Path) -> list[str]:
