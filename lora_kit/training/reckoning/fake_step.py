@@ -148,12 +148,10 @@ def _learn_a_token(bundle: ModelBundle) -> None:
 def _put_on(network: nn.Module, device: str) -> None:
     """Every weight of a network on the meta device becomes a fake one on `device`, laid out alike."""
     for module in network.modules():
-        for name, weight in [*module._parameters.items()]:
-            if weight is not None:
-                module._parameters[name] = nn.Parameter(_like(weight, device), weight.requires_grad)
-        for name, value in [*module._buffers.items()]:
-            if value is not None:
-                module._buffers[name] = _like(value, device)
+        for name, weight in [*module.named_parameters(recurse=False, remove_duplicate=False)]:
+            setattr(module, name, nn.Parameter(_like(weight, device), weight.requires_grad))
+        for name, value in [*module.named_buffers(recurse=False, remove_duplicate=False)]:
+            setattr(module, name, _like(value, device))
         if isinstance(module, TrainedParts):
             module.begun = {name: _like(value, device) for name, value in module.begun.items()}
 
