@@ -53,7 +53,7 @@ class StepPeak:
             return []
         kind = "allocated on the GPU" if self._device.type == "cuda" else "resident"
         return [
-            f"peak memory of the steps: {self.bytes / 2**20:,.1f} MiB {kind} (`lora-kit plan` reckons it beforehand)"
+            f"peak memory of the steps: {self.bytes / 2**20:,.1f} MiB {kind} (`plan --memory` reckons it beforehand)"
         ]
 
 
