@@ -25,9 +25,9 @@ def quick_imports(*, compiles: bool = False) -> Generator[None]:
     """For the imports inside, and only for them: no garbage collection, and no compiler for what is decorated with
     `torch.compile`. Where diffusers is there already, this does nothing.
 
-    What is imported lives as long as the process: collections find nothing in it, during the imports (a fifth of their
-    time) or later, so it is handed to the collector's permanent generation. bitsandbytes decorates CPU fall-backs of
-    its kernels, and a decorator alone loads torch's whole inductor (as long again); under torch's own switch they stay
+    What is imported lives as long as the process: collections find nothing in it, during the imports or
+    later, so it is handed to the collector's permanent generation. bitsandbytes decorates CPU fall-backs of
+    its kernels, and a decorator alone loads torch's whole inductor; under torch's own switch they stay
     plain functions for this process. Whatever calls `torch.compile` after the imports is compiled as ever.
 
     compiles: leave that switch alone, for a command that is going to call bitsandbytes. What the user set stays.

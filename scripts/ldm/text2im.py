@@ -7,7 +7,7 @@
 
 The published model (Rombach et al. 2022, section 4.3.1) in small: a KL first stage; BERT's word pieces, learnt from the
 captions; LDMBert of three layers. Its U-Net has the form of Stable Diffusion v1's, so the tiny base's begins it: it
-knows pictures, and none of LDMBert's words, which the two then learn together. From fresh weights that took hours.
+knows pictures, and none of LDMBert's words, which the two then learn together.
 
 The first stage is of factor 4, and LDMTextToImagePipeline reckons latents as size // 8: ask it for 128 x 128 to have
 64 x 64 pictures. lora_kit goes by the first stage.
