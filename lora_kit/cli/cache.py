@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lora_kit.allocator import keep_freed_blocks
 from lora_kit.cli.quick_imports import quick_imports
 from lora_kit.cli.text import byte_size
 from lora_kit.errors import RecipeError
@@ -61,6 +62,7 @@ def _fill(recipes: Sequence[Recipe]) -> None:
                 f"data.cache: got {recipe.data.cache}, with which nothing is kept on disk. Set it to disk in the "
                 "recipe, or add data.cache=disk here and when you train."
             )
+    keep_freed_blocks()
     with quick_imports():
         from lora_kit.models.first_stage import vae_factor
     from lora_kit.progress import progress

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from lora_kit.allocator import keep_freed_blocks
 from lora_kit.cli.options import (
     BLOCK_WEIGHTS_HELP,
     EMBEDDING_HELP,
@@ -79,6 +80,7 @@ def command(
     paths = [out / f"{index:03d}_{slug(text)}_seed{one}.png" for index, text in enumerate(names) for one in seeds]
     refuse_existing(paths, overwrite)
 
+    keep_freed_blocks()
     with quick_imports():
         from lora_kit.cli.drawing import Wish, begin, facts_of, save_png
     from lora_kit.inference import SamplingSettings, generate

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from lora_kit.allocator import keep_freed_blocks
 from lora_kit.cli.options import (
     BLOCK_WEIGHTS_HELP,
     EMBEDDING_HELP,
@@ -82,6 +83,7 @@ def command(
         parse_size(size)
     refuse_existing([out], overwrite)
 
+    keep_freed_blocks()
     with quick_imports():
         from lora_kit.cli.drawing import Wish, begin, facts_of, save_png
     from lora_kit.inference import SamplingSettings, grid

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lora_kit.allocator import keep_freed_blocks
 from lora_kit.cli.quick_imports import quick_imports, uses_bitsandbytes
 from lora_kit.cli.text import byte_size
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 def probed(recipe: Recipe) -> Probe:
     """Run the steps."""
+    keep_freed_blocks()
     with quick_imports(compiles=uses_bitsandbytes(recipe)):
         from lora_kit.training.probe import probe  # here: a plan without it needs no torch
 
