@@ -4,7 +4,7 @@
     python scripts/bench/sampling.py --quick        does it run at all? Its figures mean nothing
 
 `tiny` is the packaged base (64 px, 25 steps); `sd1` has Stable Diffusion 1.5's published configs and random weights
-(256 px, 4 steps: a CPU takes long). fp32, guidance 7.5, DDIM, rank 16 on every linear layer and convolution of the
+(256 px, 10 steps: a CPU takes long). fp32, guidance 7.5, DDIM, rank 16 on every linear layer and convolution of the
 UNet (`--preset`).
 
 rows: a forward of the UNet, seconds for each row of its batch: as many as a lone picture has with guidance, and eight.
@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 PROMPTS = ("red apple", "tulip", "fox", "cup of coffee")
 STRENGTHS = {"tiny": (0.0, 0.25, 0.5, 0.75, 1.0), "sd1": (0.0, 0.5, 1.0)}
 PIXELS = {"tiny": 64, "sd1": 256}
-STEPS = {"tiny": 25, "sd1": 4}
+STEPS = {"tiny": 25, "sd1": 10}
 GRIDS = ("loop of pipeline calls", "lora_kit, one picture at once", "lora_kit")
 WEIGHTS = "pytorch_lora_weights.safetensors"
 CLOCKS: dict[bool, Callable[[], float]] = {False: time.perf_counter, True: time.process_time}
@@ -118,8 +118,10 @@ def _live_row(name: str, base: str, folder: Path, options: argparse.Namespace) -
     import torch
 
     from lora_kit.adapters import fuse, unfuse
+    from lora_kit.allocator import keep_freed_blocks
     from lora_kit.inference import SamplingSettings, draw, prepare, scale_adapters
 
+    keep_freed_blocks()
     prepared = prepare(base, [folder / WEIGHTS], torch.float32)
     unet, side = prepared.bundle.unet, _pixels(name, options)
     settings = SamplingSettings(steps=_steps(name, options), width=side, height=side)
@@ -228,8 +230,10 @@ def _grid_child(options: argparse.Namespace) -> None:
 def _ours(options: argparse.Namespace, strengths: tuple[float, ...]) -> Callable[[], list[Any]]:
     import torch
 
+    from lora_kit.allocator import keep_freed_blocks
     from lora_kit.inference import SamplingSettings, generate_columns, prepare
 
+    keep_freed_blocks()  # as `lora-kit grid` does
     prepared = prepare(options.base, [options.folder / WEIGHTS], torch.float32)
     batch = 1 if options.child == GRIDS[1] else None
     settings = SamplingSettings(steps=options.steps, width=options.pixels, height=options.pixels, batch_size=batch)

@@ -4,13 +4,15 @@
     python scripts/bench/step.py --quick        does it run at all? Its figures mean nothing
 
 The UNet is built from the published config with random weights, in bf16, channels last. In turn, `rounds` times: the
-floor (adapters off, latents that want a gradient), PEFT's own layers, and ours, each with fp32 factors of rank 16,
-clipping and AdamW. Medians; the ratios are of each round's own three.
+floor (adapters off, latents that want a gradient) with glibc's allocator as it comes and with freed blocks kept
+(lora_kit/allocator.py); and so kept PEFT's own layers, and ours, each with fp32 factors of rank 16, clipping and AdamW.
+Medians; the ratios are of each round's own.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 
 from lora_kit.adapters import inject, set_scale
 from lora_kit.adapters.joined import JoinedConv2d, JoinedLinear
+from lora_kit.allocator import keep_freed_blocks
 from lora_kit.recipe import PresetRules
 from lora_kit.targeting import make_plan, module_tree
 
@@ -45,32 +48,42 @@ class Inputs(NamedTuple):
 class Times(NamedTuple):
     """Seconds of each round."""
 
+    plain: list[float]
+    """The floor where each large block is mapped anew."""
     floor: list[float]
     peft: list[float]
     joined: list[float]
 
-    def ratio(self, name: str) -> float:
+    def ratio(self, name: str, to: str = "floor") -> float:
         """Median over rounds of the step's time over the floor's."""
-        return statistics.median(a / b for a, b in zip(getattr(self, name), self.floor, strict=True))
+        return statistics.median(a / b for a, b in zip(getattr(self, name), getattr(self, to), strict=True))
 
 
 def main() -> None:
     options = _options()
-    print("| base | pixels | targets | modules | floor, s | PEFT | joined | joined / PEFT |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| base | pixels | targets | modules | floor, s | blocks kept, s | PEFT | joined | joined / PEFT | / first floor |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for base in options.bases.split(","):
         for preset in options.targets.split(","):
             network = _network(base, options.quick)
             modules = _adapt(network, preset)
             times = measure(network, _inputs(base, options), options.rounds)
-            floor, peft, joined = statistics.median(times.floor), times.ratio("peft"), times.ratio("joined")
-            row = (base, options.pixels, preset, modules, f"{floor:.3f}", f"{peft:.3f}", f"{joined:.3f}")
-            print("| " + " | ".join(map(str, row)) + f" | {joined / peft:.3f} |", flush=True)
+            row = (base, options.pixels, preset, modules, *(f"{figure:.3f}" for figure in figures(times)))
+            print(f"| {' | '.join(map(str, row))} |", flush=True)
             del network
 
 
+def figures(times: Times) -> list[float]:
+    """The two floors in seconds; PEFT's and our step beside the second, ours beside PEFT's and beside the first."""
+    floors = [statistics.median(times.plain), statistics.median(times.floor)]
+    peft, joined = times.ratio("peft"), times.ratio("joined")
+    return [*floors, peft, joined, times.ratio("joined", "peft"), times.ratio("joined", "plain")]
+
+
 def measure(network: nn.Module, inputs: Inputs, rounds: int) -> Times:
-    """All three by turns; the first round is not counted."""
+    """All by turns; the first round is not counted."""
     trainable = [weight for weight in network.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-5, fused=True)
 
@@ -84,10 +97,14 @@ def measure(network: nn.Module, inputs: Inputs, rounds: int) -> Times:
         _forward_backward(network, inputs._replace(latents=inputs.latents.detach().requires_grad_()))
 
     components = {"unet": network}
-    found = Times([], [], [])
+    found = Times([], [], [], [])
     for index in range(rounds + 1):
         set_scale(components, {})
+        map_large_blocks()
         seconds = [_timed(floor)]
+        keep_freed_blocks()
+        floor()  # what it kept is there from the second time on
+        seconds.append(_timed(floor))
         set_scale(components, {"default": 1.0})
         for joins in (False, True):
             _swap(network, joins)
@@ -95,6 +112,14 @@ def measure(network: nn.Module, inputs: Inputs, rounds: int) -> Times:
         for own, value in zip(found, seconds, strict=True):
             own.extend([value] if index else [])
     return found
+
+
+def map_large_blocks() -> None:
+    """Undo `keep_freed_blocks`: glibc's own thresholds, at their highest (mallopt(3)), and nothing kept."""
+    glibc = ctypes.CDLL(None)
+    glibc.mallopt(-3, 2**25)
+    glibc.mallopt(-1, 2**26)
+    glibc.malloc_trim(0)
 
 
 def _forward_backward(network: nn.Module, inputs: Inputs) -> None:
