@@ -33,6 +33,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "sd1": {"cross_attention_dim": 768, "attention_head_dim": 8},
     "sd2": {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True},
 }
+COLUMNS = (
+    "base",
+    "pixels",
+    "targets",
+    "modules",
+    "floor, s",
+    "floor, blocks kept, s",
+    "PEFT",
+    "joined",
+    "joined / PEFT",
+    "joined / first floor",
+)
 SMALL = {"block_out_channels": [32, 64, 64, 64], "norm_num_groups": 8}
 
 
@@ -61,10 +73,7 @@ class Times(NamedTuple):
 
 def main() -> None:
     options = _options()
-    print(
-        "| base | pixels | targets | modules | floor, s | blocks kept, s | PEFT | joined | joined / PEFT | / first floor |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
     for base in options.bases.split(","):
         for preset in options.targets.split(","):
             network = _network(base, options.quick)
