@@ -8,6 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+QUEUES = {"cuda"}
+"""Types of device that work through a queue of their own, so that waiting for one costs time; a CPU has none."""
+
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on `device`. A copy from the CPU to a GPU is queued there behind what the GPU has to do.
@@ -15,7 +18,7 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
     A plain `.to(device)` waits until all of that is done. The copy is read from page-locked memory, which torch's
     allocator keeps and gives to others only once the copy is over.
     """
-    if device.type != "cuda" or tensor.device.type != "cpu":
+    if device.type not in QUEUES or tensor.device.type != "cpu":
         return tensor.to(device)
     pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
     return pinned.to(device, non_blocking=True)

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from lora_kit.data import Batch
+from lora_kit.models.moving import QUEUES
 from lora_kit.training.step import (
     Learner,
     StepMetrics,
@@ -24,8 +25,6 @@ from lora_kit.training.step import (
     loss_problem,
 )
 
-WAITING_COSTS = {"cuda"}
-"""Types of device that work through a queue of their own; a CPU has nothing to wait for."""
 _DECIDES = (torch.optim.AdamW, torch.optim.Adam)
 """Fused SGD takes the decision too, but leaves a momentum that it never began unfilled."""
 
@@ -38,7 +37,7 @@ def reads_late(accelerator: Accelerator, optimizer: Any) -> bool:
     """
     decides = type(optimizer) in _DECIDES and all(group.get("fused") for group in optimizer.param_groups)
     alone = accelerator.num_processes == 1 and accelerator.scaler is None
-    return decides and alone and accelerator.device.type in WAITING_COSTS
+    return decides and alone and accelerator.device.type in QUEUES
 
 
 class HostCopy:
@@ -46,7 +45,7 @@ class HostCopy:
 
     def __init__(self, values: Tensor) -> None:
         self._values = values.to("cpu", non_blocking=True)  # into page-locked memory
-        self._done = torch.cuda.Event() if values.device.type == "cuda" else None
+        self._done = torch.cuda.Event() if values.is_cuda else None
         if self._done is not None:
             self._done.record()
 

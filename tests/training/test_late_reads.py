@@ -35,7 +35,7 @@ def read_late(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(late, "WAITING_COSTS", {"cpu"})
+    monkeypatch.setattr(late, "QUEUES", {"cpu"})
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, *steps: int, gradient: bool = False) -> None:
