@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -21,6 +22,8 @@ from lora_kit.training import late
 from lora_kit.training.objects import Run
 
 META = torch.device("meta")
+READS_LATE = True
+"""What `put_there` makes of the run's steps."""
 _ATEN: Any = torch.ops.aten
 _READS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "item", "_linalg_check_errors", "unique", "unique2"}
 
@@ -32,6 +35,17 @@ class Waits(TorchDispatchMode):
         super().__init__()
         self.found: list[str] = []
         self.pinned: set[int] = set()
+        self.kept: list[Tensor] = []
+        """What was page-locked: an id is its own only while the tensor is there."""
+        self._calls = _Calls(self.found)
+
+    def __enter__(self) -> Waits:
+        self._calls.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._calls.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -59,8 +73,26 @@ class Waits(TorchDispatchMode):
         """Stands for `Tensor.pin_memory`."""
         copy = tensor.clone()
         self.pinned.add(id(copy))
-        self.kept = [*getattr(self, "kept", []), copy]  # an id is its own only while the tensor is there
+        self.kept.append(copy)
         return copy
+
+
+class _Calls(TorchFunctionMode):
+    """What makes a tensor of Python's numbers on the device is seen only here: the copy is torch's own."""
+
+    def __init__(self, found: list[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (Tensor.__getitem__, Tensor.__setitem__) and args[0].device == META:
+            parts = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if any(isinstance(part, list) for part in parts):
+                self.found.append("indexed by a list, which is copied, waiting")
+        if func is torch.tensor and torch.device(kwargs.get("device") or "cpu") == META:
+            self.found.append("torch.tensor(…, device) copies, waiting")
+        return func(*args, **kwargs)
 
 
 def watched(monkeypatch: pytest.MonkeyPatch) -> Waits:
@@ -75,14 +107,6 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Waits:
     )
     for name in ("is_autocast_enabled", "get_autocast_dtype", "autocast"):
         monkeypatch.setattr(torch, name, _as_on_cpu(getattr(torch, name)))
-    made = torch.tensor
-
-    def tensor(*args: Any, device: Any = None, **options: Any) -> Tensor:
-        if device is not None and torch.device(device) == META:
-            waits.found.append("torch.tensor(…, device) copies, waiting")
-        return made(*args, device=device, **options)
-
-    monkeypatch.setattr(torch, "tensor", tensor)
     return waits
 
 
@@ -102,7 +126,7 @@ def put_there(run: Run) -> Run:
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
     _to_meta(vars(run.average)["_model"].shadow_params if run.average.is_moving else [])
-    return run._replace(learner=run.learner._replace(reads_late=True))
+    return run._replace(learner=run.learner._replace(reads_late=READS_LATE))
 
 
 def _to_meta(tensors: list[Tensor]) -> None:

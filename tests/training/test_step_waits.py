@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from queue_device import Waits, on_meta, put_there, watched
+import torch
+from PIL import Image
+from queue_device import META, Waits, on_meta, put_there, watched
+from torch import Tensor
+from torch.utils.data._utils.pin_memory import pin_memory
 
+from lora_kit.data import loader as loader_module
 from lora_kit.data import make_loader
+from lora_kit.models.moving import moved
 from lora_kit.recipe import Recipe
 from lora_kit.training.build import build_run
 from lora_kit.training.folder import RunFolder
@@ -88,3 +95,118 @@ KINDS = {
 @pytest.mark.parametrize("overrides", KINDS.values(), ids=KINDS)
 def test_a_step_waits_for_nothing(make_recipe, monkeypatch, overrides):
     assert steps_watched(make_recipe("save.every=0", "train.max_steps=9", *overrides), monkeypatch) == []
+
+
+def test_masks_weights_and_the_bases_own_predictions_wait_for_nothing(
+    make_recipe, make_picture_folder, picture_folder, tmp_path, monkeypatch
+):
+    masked = make_picture_folder(tmp_path / "masked", size=(16, 16))
+    for index in range(4):
+        Image.new("L", (16, 16), 128).save(masked / f"{index:03d}-mask.png")
+    listed = f"[{{path: {masked}, mask_suffix: -mask}}, {{path: {picture_folder}, target: base, loss_weight: 0.5}}]"
+    recipe = make_recipe(f"data.sources={listed}", "save.every=0", "train.max_steps=9")
+    assert steps_watched(recipe, monkeypatch) == []
+
+
+def test_a_step_with_latents_and_pictures_to_encode_waits_for_nothing(make_recipe, monkeypatch):
+    found = mixed_batch(make_recipe("save.every=0", "train.max_steps=9"), monkeypatch)
+    assert found == []
+
+
+def mixed_batch(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What waits in a step of which two samples' latents are lost."""
+    run = build_run(recipe, build_accelerator(recipe))
+    (batch,) = next(make_loader(run.data, recipe, run.accelerator))
+    kept = torch.tensor([True, False, True, False])
+    assert batch.latent_mean is not None and batch.latent_std is not None
+    own = batch._replace(
+        is_latent=kept,
+        latent_mean=batch.latent_mean[kept],
+        latent_std=batch.latent_std[kept],
+        pixels=torch.zeros(2, 3, 16, 16),
+    )
+    run.learner.conditions(batch.captions)
+    waits = watched(monkeypatch)
+    with Steps(put_there(run), RunFolder(Path(recipe.output_dir)), NoMetrics()) as steps:
+        taken(steps, [own], 0, waits)
+    return waits.found
+
+
+@pytest.mark.parametrize("base", ["tiny_sd2_folder", "tiny_inpainting_folder", "tiny_text2im_folder"])
+def test_no_other_family_waits(make_recipe, request, monkeypatch, base):
+    folder = request.getfixturevalue(base)
+    attention = "targets={preset: attention, rank: 2}"
+    recipe = make_recipe("save.every=0", "train.max_steps=9", attention, base=folder)
+    assert steps_watched(recipe, monkeypatch) == []
+
+
+def test_super_resolution_waits_for_nothing(
+    make_recipe, tiny_super_resolution_folder, make_picture_folder, tmp_path, monkeypatch
+):
+    pictures = make_picture_folder(tmp_path / "bare", size=(64, 64))
+    own = ("targets={preset: attention, rank: 2}", "data.resolution=64", "data.caption_dropout=0")
+    recipe = make_recipe(*own, "validation.prompts=[]", base=tiny_super_resolution_folder, pictures=pictures)
+    assert steps_watched(recipe, monkeypatch) == []
+
+
+def test_a_step_that_is_read_at_once_is_seen_to_be_read(make_recipe, monkeypatch):
+    monkeypatch.setattr("queue_device.READS_LATE", False)
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta tensor"):
+        steps_watched(make_recipe("save.every=0", "train.max_steps=9"), monkeypatch)
+
+
+PLANTED = {
+    "a copy that waits": (lambda x, y: y.to(META), "[2] copied to meta, waiting"),
+    "a copy from ordinary memory": (lambda x, y: y.to(META, non_blocking=True), "not page-locked"),
+    "a copy in place": (lambda x, y: x.copy_(y), "[2] copied to meta, waiting"),
+    "a list of rows": (lambda x, y: x[[1, 0]], "indexed by a list"),
+    "an index on the CPU": (lambda x, y: x[torch.tensor([1, 0])], "on the CPU among the device's"),
+    "numbers": (lambda x, y: x.tolist(), "[2] copied to cpu, waiting"),
+    "a tensor made of numbers": (lambda x, y: torch.tensor([1.0], device="meta"), "torch.tensor"),
+    "a check of a solution": (lambda x, y: torch.linalg.solve(x[:, None] * x, x), "read by the host"),
+    "a copy back": (lambda x, y: x.to("cpu"), "[2] copied to cpu, waiting"),
+}
+
+
+@pytest.mark.parametrize(("act", "said"), PLANTED.values(), ids=PLANTED)
+def test_the_watch_sees(monkeypatch, act, said):
+    waits = watched(monkeypatch)
+    x, y = torch.empty(2, device=META), torch.zeros(2)
+    with waits:
+        act(x, y)
+    (found,) = waits.found
+    assert said in found
+
+
+@pytest.mark.parametrize("read", [torch.Tensor.item, bool, float, torch.Tensor.nonzero])
+def test_what_reads_a_number_fails(monkeypatch, read):
+    value = torch.empty((), device=META)
+    with watched(monkeypatch), pytest.raises((NotImplementedError, RuntimeError)):
+        read(value)
+    assert moved(torch.zeros(2), META).device == META
+
+
+def test_batches_are_page_locked_for_a_gpu_and_keep_their_form(make_recipe, monkeypatch):
+    recipe = make_recipe()
+    run = build_run(recipe, build_accelerator(recipe))
+    asked = list[bool]()
+    made = loader_module.DataLoader
+
+    def watch(*arguments: Any, pin_memory: bool, **options: Any) -> Any:
+        asked.append(pin_memory)
+        return made(*arguments, **options)
+
+    monkeypatch.setattr(loader_module, "DataLoader", watch)
+    for kind in ("cpu", "cuda"):
+        processes: Any = SimpleNamespace(num_processes=1, process_index=0, device=torch.device(kind))
+        (batch,) = next(make_loader(run.data, recipe, processes))
+    assert asked == [False, True]
+    locked = list[Tensor]()
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor, *_: locked.append(tensor) or tensor)
+    hole = torch.ones(1, 4, 4)
+    whole = batch._replace(holes=[None, hole], masks=torch.ones(4, 8, 8))
+    pinned = pin_memory(whole)
+    assert isinstance(pinned, type(batch))
+    assert (pinned.captions, pinned.ids, pinned.from_base) == (batch.captions, batch.ids, batch.from_base)
+    own = [one for one in (*whole, hole) if isinstance(one, Tensor)]
+    assert {id(one) for one in locked} == {id(one) for one in own}
