@@ -127,7 +127,9 @@ def test_steps_left_out_are_told_and_leave_nothing_behind(make_recipe, tmp_path,
     # The second and third step, one that a checkpoint follows, and the last one.
     spoil(monkeypatch, 1, 2, 4, 6, gradient=gradient)
     limited = 'targets=[{match: "unet.**.attn*.to_{q,k}", rank: 4, max_norm: 0.01}]'
-    kept = ("train.non_finite=skip", "train.ema_decay=0.9", limited)
+    # A token that learns until the step before a skipped one: the average must be of that step's update.
+    own = "tokens=[{token: <t>, initializer: random, norm_decay: 0.1, until: 4}, {token: <u>, initializer: random}]"
+    kept = ("train.non_finite=skip", "train.ema_decay=0.9", limited, own, "data.trigger='<t> <u>'")
     assert same(*both_ways(make_recipe, monkeypatch, tmp_path, *kept))
     assert [row["step"] for row in rows(tmp_path / "late") if "skipped" in row] == [2, 3, 5, 7]
 
