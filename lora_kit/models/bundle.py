@@ -92,10 +92,12 @@ class Family(Protocol):
         holes: Sequence[Tensor | None],
         generators: Sequence[torch.Generator],
     ) -> Tensor | None:
-        """What training puts beside z_t, fp32 [b, k, h, w] on the pictures' device; only asked where `needs_pixels`.
+        """What training puts beside z_t, fp32 [b, k, h, w], on the base's device or the pictures'; only asked where
+        `needs_pixels`.
 
-        pixels: [b, 3, H, W] in -1..1. holes: of each picture, what the data says is to be filled, [1, H, W] in 0..1, or
-        None. Everything random of a sample comes from its own CPU generator, so that it does not depend on batching.
+        pixels: [b, 3, H, W] in -1..1, on the CPU or the base's device. holes: of each picture, what the data says is to
+        be filled, [1, H, W] in 0..1, or None. Everything random of a sample comes from its own CPU generator, so that
+        it does not depend on batching.
         """
         ...
 

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lora_kit.models.moving import rows_on
+
 
 class PaddedStates(NamedTuple):
     """Text states of captions with different numbers of tokens, as one tensor."""
@@ -29,7 +31,7 @@ def join_states(states: Sequence[Tensor]) -> Tensor | PaddedStates:
     if all(len(one) == longest for one in states):
         return torch.stack(list(states))
     padded = torch.nn.utils.rnn.pad_sequence(list(states), batch_first=True)
-    lengths = torch.tensor([len(one) for one in states], device=padded.device)
+    lengths = rows_on([len(one) for one in states], padded.device)
     return PaddedStates(padded, torch.arange(longest, device=padded.device) < lengths[:, None])
 
 

@@ -22,6 +22,7 @@ from lora_kit.targeting.quantised import Quantised, quantised_layers
 from lora_kit.training.checkpoints.state import named_trainables
 from lora_kit.training.compiling import compile_blocks
 from lora_kit.training.conditions import Conditions
+from lora_kit.training.late import reads_late
 from lora_kit.training.learned_tokens import LearnedTokens, start_tokens
 from lora_kit.training.objective import adopt_schedule, build_objective
 from lora_kit.training.objects import ADAPTER, Run, is_full
@@ -68,15 +69,17 @@ def build_run(recipe: Recipe, accelerator: Accelerator, resumes: bool = False, d
     by_module = trainable_parameters(bundle.components, plan)
     groups = parameter_groups(plan, by_module, recipe.optimizer, up_matrices(trainable))
     groups += tokens.groups(recipe.optimizer) if tokens is not None else []
+    optimizer = build_optimizer(groups, recipe)
     learner = Learner(
         accelerator=accelerator,
         bundle=bundle,
         objective=build_objective(recipe.objective, bundle),
         conditions=Conditions(bundle, trains_text, recipe.data.captions.long, data.texts),
-        optimizer=accelerator.prepare(build_optimizer(groups, recipe)),
+        optimizer=accelerator.prepare(optimizer),
         parameters=list(trainable.values()),
         max_grad_norm=recipe.optimizer.max_grad_norm,
         seed=recipe.seed,
+        reads_late=reads_late(accelerator, optimizer),
     )
     average = WeightAverage(trainable, recipe.train, learner.optimizer.optimizer)
     limited = limited_modules(plan, by_module)

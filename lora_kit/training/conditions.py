@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import nn
 
 from lora_kit.data.cache import DiskTexts
 from lora_kit.models import ModelBundle
+from lora_kit.models.moving import moved_all
 from lora_kit.recipe.captions import LongText
 
 KEPT_TOKENS = 4096 * 77  # 77 × 768 fp32 states are 231 KiB: at most about 1 GB for SD 1.x
@@ -48,7 +48,7 @@ class Conditions:
             known |= new
         # Joined before it is moved: one copy to the device, not one for each caption.
         joined = self.bundle.family.join_states([known[caption] for caption in captions])
-        return send_to_device(joined, self.bundle.device)
+        return moved_all(joined, self.bundle.device)
 
     def _known(self, captions: Iterable[str]) -> dict[str, torch.Tensor]:
         known: dict[str, torch.Tensor] = {}

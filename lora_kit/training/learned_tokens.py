@@ -75,13 +75,21 @@ class LearnedTokens(NamedTuple):
             if not learns:
                 rows.grad = None
 
+    def ends_at(self, step: int) -> bool:
+        """Whether a token learns no more from optimizer step `step` on, but did before."""
+        return any(section.until == step > 0 for section, _ in self.tokens)
+
     @torch.no_grad()
-    def decay_norms(self, step: int) -> None:
-        """After optimizer step `step`: lengths go toward the vocabulary's, as each token's `norm_decay` says."""
+    def decay_norms(self, step: int, held: Tensor | None = None) -> None:
+        """After optimizer step `step`: lengths go toward the vocabulary's, as each token's `norm_decay` says.
+
+        held: as `limit_norms`'.
+        """
         for section, rows in self.tokens:
             if section.norm_decay and (section.until is None or step < section.until):
                 norms = rows.norm(dim=1, keepdim=True).clamp(min=1e-12)  # of a zero vector nothing can be made
-                rows.mul_(1 + section.norm_decay * (self.mean_norm - norms) / norms)
+                factors = 1 + section.norm_decay * (self.mean_norm - norms) / norms
+                rows.mul_(factors if held is None else factors.masked_fill(held, 1.0))
 
     def groups(self, section: OptimizerSection) -> list[dict[str, Any]]:
         """Optimizer groups, one for each rate."""

@@ -33,6 +33,7 @@ from lora_kit.diffusion import (
 )
 from lora_kit.errors import ModelError
 from lora_kit.models import ModelBundle
+from lora_kit.models.moving import moved, rows_on
 from lora_kit.models.schedules import ZERO_TERMINAL_SNR
 from lora_kit.recipe import ObjectiveSection
 from lora_kit.recipe.objective import check_against_base, weight_name
@@ -157,7 +158,9 @@ def latent_moments(bundle: ModelBundle, batch: Batch) -> tuple[Tensor, Tensor]:
     if batch.latent_mean is None or batch.latent_std is None:
         return made
     kept = (batch.latent_mean, batch.latent_std)
-    return _in_order(kept[0], made[0], batch.is_latent), _in_order(kept[1], made[1], batch.is_latent)
+    sources = batch.is_latent.cpu().nonzero().flatten().tolist(), (~batch.is_latent.cpu()).nonzero().flatten().tolist()
+    places = [rows_on(rows, pixels.device) for rows in sources]
+    return _in_order(kept[0], made[0], places), _in_order(kept[1], made[1], places)
 
 
 class Noised(NamedTuple):
@@ -180,9 +183,10 @@ class Noised(NamedTuple):
 
     def rows(self, rows: list[int]) -> Noised:
         """Those of some samples."""
-        beside = None if self.beside is None else self.beside[rows]
-        times = (self.timesteps[rows], self.alpha_bar[rows], self.host_timesteps[rows])
-        return Noised(self.clean[rows], self.noise[rows], self.noisy[rows], *times, beside)
+        own = rows_on(rows, self.noisy.device)
+        beside = None if self.beside is None else self.beside[own]
+        times = (self.timesteps[own], self.alpha_bar[rows], self.host_timesteps[rows])
+        return Noised(self.clean[own], self.noise[own], self.noisy[own], *times, beside)
 
 
 def beside_latents(bundle: ModelBundle, batch: Batch, words: Sequence[Sequence[int | str]]) -> Tensor | None:
@@ -191,7 +195,8 @@ def beside_latents(bundle: ModelBundle, batch: Batch, words: Sequence[Sequence[i
         return None
     assert batch.pixels is not None and len(batch.pixels) == len(batch.ids), "the data set does not keep pixels"
     generators = [generator_for(*own, "beside") for own in words]
-    return bundle.family.beside(bundle, batch.pixels, batch.holes or [None] * len(batch.ids), generators)
+    made = bundle.family.beside(bundle, batch.pixels, batch.holes or [None] * len(batch.ids), generators)
+    return None if made is None else moved(made, bundle.device)
 
 
 def noised_latents(
@@ -204,22 +209,22 @@ def noised_latents(
     """Sample the latents and add the draws' noise at their timesteps. beside: as `Noised`'s."""
     mean, std = moments
     device, section = mean.device, objective.section
-    noise, timesteps = draws.noise.to(device), draws.timesteps.to(device)
-    clean = bundle.family.target_latents(bundle, mean, std, draws.posterior_noise.to(device))
+    noise, timesteps = moved(draws.noise, device), moved(draws.timesteps, device)
+    clean = bundle.family.target_latents(bundle, mean, std, moved(draws.posterior_noise, device))
     if section.adaptive_noise_scale and draws.offsets is not None:
         scale = adaptive_offset(clean, section.noise_offset, section.adaptive_noise_scale)
-        noise = offset_noise(noise, draws.offsets.to(device), scale)
+        noise = offset_noise(noise, moved(draws.offsets, device), scale)
     seen = noise
     if draws.perturbation is not None:
-        seen = perturbed(noise, draws.perturbation.to(device), section.input_perturbation)
+        seen = perturbed(noise, moved(draws.perturbation, device), section.input_perturbation)
     alpha_bar = objective.alpha_bars[draws.timesteps]
-    noisy = add_noise(clean, seen, alpha_bar.float().to(device))
+    noisy = add_noise(clean, seen, moved(alpha_bar.float(), device))
     return Noised(clean, noise, noisy, timesteps, alpha_bar, draws.timesteps, beside)
 
 
 def wanted_prediction(bundle: ModelBundle, noised: Noised) -> Tensor:
     """What the network should have predicted, [b, c, h, w]."""
-    alpha_bar = noised.alpha_bar.float().to(noised.noise.device)
+    alpha_bar = moved(noised.alpha_bar.float(), noised.noise.device)
     return target(bundle.prediction_type, noised.clean, noised.noise, alpha_bar)
 
 
@@ -238,10 +243,9 @@ def sample_losses(
 
 def _at(table: Tensor | None, noised: Noised, like: Tensor) -> Tensor | None:
     """A table over timesteps at those of the samples, float32 [b]."""
-    return None if table is None else table[noised.host_timesteps].float().to(like.device)
+    return None if table is None else moved(table[noised.host_timesteps].float(), like.device)
 
 
-def _in_order(kept: Tensor, made: Tensor, is_kept: Tensor) -> Tensor:
-    joined = kept.new_empty(len(is_kept), *kept.shape[1:])
-    joined[is_kept], joined[~is_kept] = kept, made.to(kept.dtype)
-    return joined
+def _in_order(kept: Tensor, made: Tensor, places: Sequence[Tensor]) -> Tensor:
+    joined = kept.new_empty(len(kept) + len(made), *kept.shape[1:])
+    return joined.index_copy_(0, places[0], kept).index_copy_(0, places[1], made.to(kept.dtype))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from lora_kit.training.finish import Outcome, finish_run
 from lora_kit.training.folder import RunFolder, prepare_folder
 from lora_kit.training.metrics import Metrics, NoMetrics
 from lora_kit.training.objects import Run
-from lora_kit.training.one_step import is_due, take_step
+from lora_kit.training.one_step import Steps, is_due, take_step
 from lora_kit.training.optimization.optimizers import check_optimizer
 from lora_kit.training.peak_memory import StepPeak
 from lora_kit.training.processes.launch import build_accelerator, sharding_of
@@ -81,17 +80,15 @@ def _train_in(folder: RunFolder, recipe: Recipe, accelerator: Accelerator) -> Ou
 def _train(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress, base: Base) -> Outcome:
     recipe, peak = run.recipe, StepPeak(run.accelerator.device)
     loader = make_loader(run.data, recipe, run.accelerator, first_step=progress.step, even=run.is_sharded)
-    with StopSignals() as signals:
+    with StopSignals() as signals, Steps(run, folder, metrics, progress.skipped_in_row) as steps:
         link_best(run, folder, progress)  # as the checkpoint knows it, which may be an older one
         # That of step 0, or one that a kill cut off after its checkpoint.
         progress = _validated(run, folder, metrics, progress, base)
         over = _is_over(run, progress)  # also of a run that stopped early before it was resumed
-        for step, batches in enumerate(loader if not over else (), start=progress.step):
+        for batches in loader if not over else ():
             with peak.watching():
-                done = take_step(run, folder, metrics, batches, progress, stop=signals.number is not None)
-            row = progress.skipped_in_row + 1 if done.problem else 0
-            progress = replace(progress, step=step + 1, skipped_in_row=row)
-            if done.interrupted and progress.step < recipe.train.max_steps:
+                progress = take_step(steps, batches, progress, stop=signals.number is not None)
+            if steps.interrupted and progress.step < recipe.train.max_steps:
                 save_now(run, folder, progress)
                 raise interrupted(folder, progress.step, signals.number)
             progress = _validated(run, folder, metrics, progress, base)

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from lora_kit.adapters import without_adapters
 from lora_kit.data import Batch
 from lora_kit.diffusion import seed_for
 from lora_kit.models import ModelBundle
+from lora_kit.models.moving import moved, rows_on
 from lora_kit.training.conditions import Conditions
 from lora_kit.training.objective import (
     Noised,
@@ -44,6 +44,8 @@ class Learner(NamedTuple):
     """Every trainable parameter, in one fixed order."""
     max_grad_norm: float
     seed: int
+    reads_late: bool = False
+    """Whether what a step measured is read after the next one's passes are queued (`late.py`)."""
 
 
 class StepMetrics(NamedTuple):
@@ -70,45 +72,59 @@ def training_step(learner: Learner, micro_batches: Sequence[Batch], step: int, s
 
     After a non-finite loss or gradient no weight is touched, and `problem` says what and where.
     """
-    losses = [_backward(learner, batch, step) for batch in micro_batches] or [_backward_nothing(learner)]
-    _sum_gradients(learner)
-    # One small all-reduce for the loss and the stop flag; .item() waits for the device once a step.
-    total = torch.stack([torch.stack(losses).sum(), torch.tensor(float(stop), device=losses[0].device)])
-    loss, stops = (float(x) for x in learner.accelerator.reduce(total, "sum"))
+    losses = learn(learner, micro_batches, step)
+    # One small all-reduce for the loss and the stop flag; reading them waits for the device.
+    total = torch.stack([torch.stack(losses).sum(), losses[0].new_full((), float(stop))])
+    loss, stops = cast(Tensor, learner.accelerator.reduce(total, "sum")).tolist()
     if not math.isfinite(loss):
         learner.optimizer.zero_grad(set_to_none=True)
-        said = f"The loss of step {step + 1} is {loss}.{_suspects(losses, micro_batches)}"
+        said = loss_problem(step, loss, torch.stack(losses).tolist(), [batch.ids for batch in micro_batches])
         return StepMetrics(loss, math.nan, stops > 0, said)
-    norm = float(_clip(learner))
+    norm = float(clip(learner))
     if not math.isfinite(norm) and learner.accelerator.scaler is None:
         learner.optimizer.zero_grad(set_to_none=True)
-        said = f"The gradient of step {step + 1} has norm {norm} (the loss was {loss:.4g})."
-        return StepMetrics(loss, norm, stops > 0, said)
+        return StepMetrics(loss, norm, stops > 0, gradient_problem(step, loss, norm))
     learner.optimizer.step()
     learner.optimizer.zero_grad(set_to_none=True)
-    return StepMetrics(loss, norm, stops > 0, overflowed=bool(learner.optimizer.step_was_skipped))
+    # Of a fused optimizer, which leaves the step out by itself, Accelerate says that the step was taken.
+    overflowed = learner.optimizer.step_was_skipped or not math.isfinite(norm)
+    return StepMetrics(loss, norm, stops > 0, overflowed=overflowed)
+
+
+def learn(learner: Learner, micro_batches: Sequence[Batch], step: int) -> list[Tensor]:
+    """Each micro-batch's share of the step's mean loss, detached; the parameters have the step's gradient after it."""
+    losses = [_backward(learner, batch, step) for batch in micro_batches] or [_backward_nothing(learner)]
+    _sum_gradients(learner)
+    return losses
 
 
 def _backward(learner: Learner, batch: Batch, step: int) -> Tensor:
     """Backward of one micro-batch; its share of the step's mean loss, detached."""
-    batch = cast(Batch, send_to_device(batch, learner.accelerator.device))
+    words = [(learner.seed, step, position) for position in batch.positions.tolist()]
+    beside = beside_latents(learner.bundle, batch, words)
+    batch = on_device(batch, learner.accelerator.device)
     # Adapter dropout is the only draw from the global generator.
     torch.manual_seed(seed_for(learner.seed, "dropout", step, int(batch.positions[0])))
     with torch.no_grad():
         moments = latent_moments(learner.bundle, batch)
-        words = [(learner.seed, step, position) for position in batch.positions.tolist()]
-        beside = beside_latents(learner.bundle, batch, words)
     draws = draw(learner.objective, learner.seed, step, batch, moments[0].shape[1:])
     with learner.accelerator.autocast():
         noised = noised_latents(learner.objective, learner.bundle, moments, draws, beside)
         wanted = wanted_prediction(learner.bundle, noised)
         if batch.from_base:
-            wanted[batch.from_base] = base_prediction(learner, batch, noised)
+            wanted.index_copy_(0, rows_on(batch.from_base, wanted.device), base_prediction(learner, batch, noised))
         condition = learner.conditions(batch.captions)
         losses = sample_losses(learner.objective, learner.bundle, noised, condition, wanted, batch.masks)
     share = (losses * batch.loss_weights).sum() / batch.step_samples
     learner.accelerator.backward(share)
     return share.detach()
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with what the networks and the loss read of it on `device`; what the host reads stays where it is."""
+    names = ("pixels", "latent_mean", "latent_std", "masks", "loss_weights")
+    found = {name: getattr(batch, name) for name in names}
+    return batch._replace(**{name: moved(value, device) for name, value in found.items() if value is not None})
 
 
 @torch.no_grad()
@@ -154,7 +170,7 @@ def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]
         yield bucket
 
 
-def _clip(learner: Learner) -> Tensor:
+def clip(learner: Learner) -> Tensor:
     """Clip to max_grad_norm (0: only measure); the norm before clipping.
 
     `parameters` is a list: an iterator handed to the optimizer and then here would be empty by now.
@@ -170,8 +186,15 @@ def _clip(learner: Learner) -> Tensor:
     return norm
 
 
-def _suspects(losses: Sequence[Tensor], micro_batches: Sequence[Batch]) -> str:
-    """The samples of the micro-batches whose loss is not finite, if they lie on this process."""
-    judged = zip(losses, micro_batches, strict=False)  # of a process without a sample there is a loss and no batch
-    bad = [name for loss, batch in judged if not torch.isfinite(loss) for name in batch.ids]
-    return f" Samples in the failing micro-batches: {', '.join(bad)}." if bad else ""
+def loss_problem(step: int, loss: float, parts: Sequence[float], samples: Sequence[Sequence[str]]) -> str:
+    """What is said of a step whose loss is not finite: with the samples of the micro-batches whose part is not, if they
+    lie on this process."""
+    judged = zip(parts, samples, strict=False)  # of a process without a sample there is a loss and no batch
+    bad = [name for part, ids in judged if not math.isfinite(part) for name in ids]
+    suspects = f" Samples in the failing micro-batches: {', '.join(bad)}." if bad else ""
+    return f"The loss of step {step + 1} is {loss}.{suspects}"
+
+
+def gradient_problem(step: int, loss: float, norm: float) -> str:
+    """What is said of a step whose loss is finite, and its gradient is not."""
+    return f"The gradient of step {step + 1} has norm {norm} (the loss was {loss:.4g})."

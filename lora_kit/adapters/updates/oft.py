@@ -44,11 +44,12 @@ class _Orthogonal(Update):
         skew = blocks - blocks.transpose(-1, -2)
         limit = (self.alpha or 0.0) * self.blocks.shape[-3] * self.blocks.shape[-1]
         if limit > 0:
-            norm = float(skew.detach().norm()) + 1e-8
-            skew = skew * min(1.0, limit / norm)
+            norm = skew.detach().norm() + 1e-8
+            skew = skew * (limit / norm).clamp(max=1.0)
         one = torch.eye(blocks.shape[-1], dtype=torch.float64, device=blocks.device)
         # R - I = 2Q(I - Q)⁻¹; both factors commute, so a solve from the left gives the same.
-        return 2 * scale * torch.linalg.solve(one - skew, skew)
+        # I - Q is never singular; `solve` would wait for the device to hear that.
+        return 2 * scale * torch.linalg.solve_ex(one - skew, skew).result
 
     def weight_delta(
         self, scale: float, weight: Tensor | None = None, dtype: torch.dtype = torch.float32

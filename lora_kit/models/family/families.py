@@ -14,6 +14,7 @@ from lora_kit.models.bundle import Family, ModelBundle
 from lora_kit.models.family.family_names import fills_masks
 from lora_kit.models.family.inpainting import FillsMasks
 from lora_kit.models.family.picture_inputs import PictureInputs
+from lora_kit.models.moving import moved
 from lora_kit.models.text_states import PaddedStates, chunk_ids, expand_tokens, join_states
 from lora_kit.recipe.captions import LongText
 from lora_kit.recipe.inpainting import check_inpainting
@@ -77,8 +78,8 @@ class StableDiffusion:
             return list(self._cut(bundle, captions).unbind())
         chunks = chunk_ids(_tokenizer(bundle), captions, self.token_limit(bundle))
         device = next(bundle.text_encoder.parameters()).device
-        ids = torch.tensor([ids for caption in chunks for ids in caption], device=device)
-        states = self._states(bundle, ids)
+        ids = torch.tensor([ids for caption in chunks for ids in caption])
+        states = self._states(bundle, moved(ids, device))
         return [part.flatten(0, 1) for part in states.split([len(caption) for caption in chunks])]
 
     def join_states(self, states: Sequence[Tensor]) -> Tensor | PaddedStates:
@@ -95,7 +96,7 @@ class StableDiffusion:
             return_tensors="pt",
         )
         device = next(bundle.text_encoder.parameters()).device
-        return self._states(bundle, tokens.input_ids.to(device))
+        return self._states(bundle, moved(tokens.input_ids, device))
 
     def _states(self, bundle: ModelBundle, ids: Tensor) -> Tensor:
         return bundle.text_encoder(ids).last_hidden_state

@@ -15,6 +15,7 @@ from lora_kit.models.bundle import Family, ModelBundle
 from lora_kit.models.family.masks import mask_for
 from lora_kit.models.family.picture_inputs import PictureInputs, image_pixels, mask_pixels, picture_inputs
 from lora_kit.models.first_stage import vae_factor
+from lora_kit.models.moving import moved
 from lora_kit.recipe.inpainting import InpaintingSection, check_inpainting
 from lora_kit.recipe.without_text import check_with_text
 
@@ -53,7 +54,8 @@ class FillsMasks:
         """Mask and masked picture [b, 1 + c, h, w], the masks as the section says."""
         size = (pixels.shape[-2], pixels.shape[-1])
         masks = [mask_for(self.section, hole, size, chance) for hole, chance in zip(holes, generators, strict=True)]
-        return mask_and_picture(bundle, pixels, torch.stack(masks).to(pixels.device), generators)
+        device = bundle.device
+        return mask_and_picture(bundle, moved(pixels, device), moved(torch.stack(masks), device), generators)
 
     @torch.no_grad()
     def beside_drawn(
@@ -88,6 +90,6 @@ def mask_and_picture(
     nn.Module.to(bundle.vae, pixels.device)  # it may have waited on the CPU
     mean, std = bundle.family.encode(bundle, pixels * (masks < 0.5))
     noise = torch.stack([torch.randn(mean.shape[1:], generator=chance) for chance in generators])
-    latents = bundle.family.target_latents(bundle, mean, std, noise.to(mean.device))
+    latents = bundle.family.target_latents(bundle, mean, std, moved(noise, mean.device))
     cells = nn.functional.interpolate(masks, size=(latents.shape[-2], latents.shape[-1]))
     return torch.cat([cells, latents], dim=1)

@@ -34,10 +34,11 @@ def limited_modules(plan: TargetPlan, trainable: Mapping[str, Sequence[nn.Parame
 
 
 @torch.no_grad()
-def limit_norms(modules: Sequence[Limited]) -> NormReport | None:
+def limit_norms(modules: Sequence[Limited], held: Tensor | None = None) -> NormReport | None:
     """Scale every update that is above its limit down to it: each of its k factors by (limit / norm)^(1/k).
 
-    None if there are no modules. To be called after each optimizer step.
+    None if there are no modules. To be called after each optimizer step. held: a bool on the weights' device; where it
+    is true nothing is scaled, since there was no update.
     """
     if not modules:
         return None
@@ -47,6 +48,8 @@ def limit_norms(modules: Sequence[Limited]) -> NormReport | None:
         named = dict(zip(target.shapes, parameters, strict=True))
         norm = update_norm(named, target.effective_alpha / target.rank if target.rank else 1.0)
         ratio = (target.max_norm / norm.clamp_min(1e-30)).clamp_max(1.0)
+        if held is not None:
+            ratio = ratio.masked_fill(held, 1.0)  # x · 1 is x, bit for bit
         factors = [parameter for part, parameter in named.items() if not part.endswith(("diff_b", "b_norm"))]
         for parameter in factors:
             parameter.mul_(ratio ** (1 / len(factors)))
