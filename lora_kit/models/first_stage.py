@@ -28,6 +28,11 @@ def first_stage_class(config: Mapping[str, Any], source: str) -> type[Autoencode
     return _CLASSES[name]
 
 
+ENCODED_PIXELS = 512 * 512
+"""As many go through the encoder at once: one picture of 512 x 512. At SD's size that takes about 1 GiB, eight of them
+8 GiB, which would be the most that a whole run holds; on a CPU they are no faster together."""
+
+
 def encode(vae: FirstStage, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """pixels [b, 3, H, W] in -1..1 → mean and standard deviation of the latents [b, c, h, w], unscaled fp32.
 
@@ -35,6 +40,14 @@ def encode(vae: FirstStage, pixels: Tensor) -> tuple[Tensor, Tensor]:
     decoded is quantised (the paper's section 3.1 counts the quantisation to the decoder).
     Runs in the first stage's own precision even inside autocast: SD's overflows in fp16.
     """
+    at_once = max(1, ENCODED_PIXELS // (pixels.shape[-1] * pixels.shape[-2]))
+    if len(pixels) <= at_once:
+        return _encode(vae, pixels)
+    means, deviations = zip(*(_encode(vae, part) for part in pixels.split(at_once)), strict=True)
+    return torch.cat(means), torch.cat(deviations)
+
+
+def _encode(vae: FirstStage, pixels: Tensor) -> tuple[Tensor, Tensor]:
     network: Any = vae
     with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
         encoded = network.encode(pixels.to(network.dtype))

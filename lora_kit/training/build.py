@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from accelerate import Accelerator
 
 from lora_kit.adapters import inject, read_raw, trainable_parameters
@@ -14,6 +15,7 @@ from lora_kit.models import ModelBundle, base_hash, load_bundle
 from lora_kit.models.adapter_layouts import layout_for
 from lora_kit.models.checkpointing import checkpoint_unet
 from lora_kit.models.mapped import channels_last
+from lora_kit.models.recall import Recall
 from lora_kit.models.text_models import checkpoint_activations
 from lora_kit.progress import no_progress, progress
 from lora_kit.recipe import Recipe
@@ -46,6 +48,7 @@ def build_run(recipe: Recipe, accelerator: Accelerator, resumes: bool = False, d
     file = Path(recipe.model.adapter) if recipe.model.adapter and not resumes else None
     raw = read_raw(file) if file else None
     bundle = load_bundle(recipe.model, dtype=base_dtype(recipe), seed=recipe.seed)
+    bundle.recall = Recall(recipe.model, base_dtype(recipe), torch.float32, recipe.seed)
     bundle.family = bundle.family.for_recipe(recipe)
     adopt_schedule(recipe.objective, bundle)
     tree = module_tree(bundle.components)

@@ -68,7 +68,7 @@ def draw_final(run: Run, folder: RunFolder, metrics: Metrics, steps: Sequence[in
 def draw_at(run: Run, prompts: Sequence[str], strength: float) -> list[Image.Image]:
     """The prompts at one strength, each with the section's seed, on the run's own schedule and prediction type."""
     seed = run.recipe.validation.seed
-    with at_strength(run, strength), visiting(run.bundle.device, *run.bundle.networks):
+    with at_strength(run, strength), visiting(run.bundle):
         return draw(run.bundle, prompts, [seed] * len(prompts), settings=settings_of(run))
 
 
