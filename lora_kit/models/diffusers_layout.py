@@ -94,11 +94,11 @@ class DiffusersBase:
     def _cast_network(self, network_class: Any, part: str, dtype: torch.dtype) -> Any:
         """A network of diffusers', read as it is stored, which maps the file, and cast afterwards: diffusers' own cast
         holds the file's weights beside those made of them until the last one is made."""
-        network = self._network(network_class, part, torch_dtype=self._stored_dtype(part) or dtype)
+        network = self._network(network_class, part, torch_dtype=self.stored_dtype(part) or dtype)
         to_dtype(network, dtype)
         return network
 
-    def _stored_dtype(self, part: str) -> torch.dtype | None:
+    def stored_dtype(self, part: str) -> torch.dtype | None:
         """The one precision of a part's file here; None where there are several, or it is not so simple."""
         if not isinstance(self._where, Path):
             return None

@@ -14,7 +14,7 @@ from lora_kit.adapters.state import adaptable_modules
 from lora_kit.models import ModelBundle, base_hash, load_bundle
 from lora_kit.models.adapter_layouts import layout_for
 from lora_kit.models.checkpointing import checkpoint_unet
-from lora_kit.models.mapped import channels_last
+from lora_kit.models.mapped import channels_last, forget
 from lora_kit.models.recall import Recall
 from lora_kit.models.text_models import checkpoint_activations
 from lora_kit.progress import no_progress, progress
@@ -58,6 +58,7 @@ def build_run(recipe: Recipe, accelerator: Accelerator, resumes: bool = False, d
     modules, family = adaptable_modules(bundle.components), bundle.family.name
     start = starting_updates(file, raw, modules, plan, family) if file and raw else None
     hashed = "" if is_full(plan) else base_hash(bundle)
+    forget(bundle.unet)  # while pictures are encoded
     trains_text = bool(recipe.tokens) or any(target.module.component == "text_encoder" for target in plan.targets)
     tokens = start_tokens(bundle, recipe.tokens, recipe.seed) if recipe.tokens else None
     bar = progress if accelerator.is_main_process else no_progress

@@ -113,6 +113,7 @@ def _train(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress, ba
     if not takes_part(run):
         return Outcome([], {}, is_main=False)
     link_best(run, folder, progress)
+    give_back_freed()
     with peak.watching("result"):
         outcome = finish_run(run, folder, metrics, progress)
     return outcome._replace(peak=peak)
@@ -126,6 +127,7 @@ def _validated(
     due = step in (0, run.recipe.train.max_steps) or is_due(run.recipe.validation.every, step)
     if not due or progress.validated or not takes_part(run):
         return progress
+    give_back_freed()
     with peak.watching("validation"), written_by_main(run, folder) as place:
         found = validate(run, place, metrics, step, base)
     give_back_freed()
