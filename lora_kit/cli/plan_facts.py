@@ -41,8 +41,10 @@ class Memory(NamedTuple):
     """Interpreter and libraries on a CPU; 0 on a GPU, where only tensors count."""
     encoding: int | None = None
     """What encoding pictures adds at the start; 0 where nothing is kept of them."""
-    validation: int | None = None
-    """What measuring and drawing add; 0 without any."""
+    measuring: int = 0
+    """What measuring held-out pictures adds; 0 without any."""
+    drawing: int = 0
+    """What drawing at validations adds; 0 without any."""
     rested: int | None = None
     """Of the frozen weights, those of encoders that are given back once all they make is kept."""
     kept: int = 0
@@ -63,11 +65,23 @@ class Memory(NamedTuple):
         if self.activations is None or self.libraries is None:
             return {}
         base = self.libraries + self.kept
+        held = base + self.frozen + self.weights
+        kept = held + self.moments + self.average
+        found = {
+            "start": max(self._loading(base), held + self.measuring),
+            "steps": kept - (self.rested or 0) + self.gradients + self.activations,
+        }
+        most = max(self.measuring, self.drawing)
+        return found | ({"validation": kept + most} if most else {})
+
+    def _loading(self, base: int) -> int:
+        """The most while the base is loaded, and then while pictures are encoded. On a GPU the encoders alone are there
+        by then."""
+        encoding = self.encoding or 0
+        if self.device == "cuda":
+            return (self.rested or 0) + encoding
         whole = base + (self.frozen if self.unquantised is None else self.unquantised)
-        held = base + self.frozen + self.weights + self.moments + self.average
-        start = max(whole + self.weights, whole - self.waiting + (self.encoding or 0))
-        found = {"start": start, "steps": held - (self.rested or 0) + self.gradients + self.activations}
-        return found | ({"validation": held + self.validation} if self.validation else {})
+        return max(whole + self.weights, whole - self.waiting + encoding)
 
     @property
     def trainable(self) -> int:

@@ -35,9 +35,10 @@ def with_step(held: Memory, recipe: Recipe, plan: TargetPlan, few_bits: Quantise
             # At the end of the forward pass all that is saved lives; gradients come as it goes.
             activations=max(found.peak - found.gradients, found.saved),
             encoding=found.encoding,
-            validation=found.validation,
+            measuring=found.measuring,
+            drawing=found.drawing,
             rested=found.rested,
-            kept=found.kept,
+            kept=found.kept if device == "cpu" else 0,
             waiting=found.waiting,
             libraries=libraries() if device == "cpu" else 0,
             device=device,

@@ -41,8 +41,10 @@ class Activations(NamedTuple):
     """Bytes of the weights' gradients, as far as the networks trained have any."""
     encoding: int = 0
     """Bytes of all tensors while pictures are encoded to be kept; 0 where none are."""
-    validation: int = 0
-    """Bytes of all tensors while validation measures and draws; 0 without any."""
+    measuring: int = 0
+    """Bytes of all tensors while held-out pictures are measured; 0 without any."""
+    drawing: int = 0
+    """Bytes of all tensors while validation draws; 0 where it does not."""
     rested: int = 0
     """Bytes of the encoders' weights that are given back after encoding."""
     kept: int = 0
@@ -84,7 +86,8 @@ def reckon(
         other = Stages(recipe, bundle, device, scratch)
         with_text = trains_text(recipe, plan)
         found = found._replace(rested=other.rested(with_text), kept=other.kept(samples, with_text))
-        return found._replace(encoding=other.encoding(), validation=other.validation(), waiting=other.waiting())
+        found = found._replace(encoding=other.encoding(), waiting=other.waiting())
+        return found._replace(measuring=other.measuring(), drawing=other.drawing())
 
 
 def _step(recipe: Recipe, bundle: ModelBundle, device: str, with_text: bool, scratch: Scratch | None) -> Activations:

@@ -63,26 +63,36 @@ class Stages:
         return live.peak
 
     @torch.no_grad()
-    def validation(self) -> int:
-        """Held-out pictures as they are measured, prompts as they are drawn, and their latents decoded."""
-        section, side = self._recipe.validation, self._recipe.data.resolution
-        cells, peaks = side // vae_factor(self._bundle), [0]
+    def measuring(self) -> int:
+        """Held-out pictures through the network, as many as are measured at once; 0 without any."""
+        if self._recipe.validation.held_out is None:
+            return 0
+        side = self._recipe.data.resolution
+        cells = side // vae_factor(self._bundle)
+        self._evaluate()
+        with self._live() as live, autocast(self._recipe, self._device):
+            predict(self._bundle, measured_at_once(cells, cells), side)
+        return live.peak
+
+    @torch.no_grad()
+    def drawing(self) -> int:
+        """Prompts as they are drawn, and their latents decoded; 0 where nothing is drawn."""
+        count, side = self._drawn, self._recipe.data.resolution
+        if not count:
+            return 0
+        cells, settings = side // vae_factor(self._bundle), validation_settings(self._recipe, self._bundle)
+        count = min(settings.batch_size or 1, count)
+        self._evaluate()
+        with self._live() as live:
+            predict(self._bundle, count * rows_of(self._bundle, settings), side)
+        with self._live() as decoding:
+            latents = torch.empty(count, latent_channels(self._bundle.vae), cells, cells)
+            decode(self._bundle.vae, latents[: decoded_at_once(latents)])
+        return max(live.peak, decoding.peak)
+
+    def _evaluate(self) -> None:
         for network in self._bundle.networks:
             network.eval()
-        if section.held_out is not None:
-            with self._live() as live, autocast(self._recipe, self._device):
-                predict(self._bundle, measured_at_once(cells, cells), side)
-            peaks.append(live.peak)
-        if self._drawn:
-            settings = validation_settings(self._recipe, self._bundle)
-            count = min(settings.batch_size or 1, self._drawn)
-            with self._live() as live:
-                predict(self._bundle, count * rows_of(self._bundle, settings), side)
-            with self._live() as decoding:
-                latents = torch.empty(count, latent_channels(self._bundle.vae), cells, cells)
-                decode(self._bundle.vae, latents[: decoded_at_once(latents)])
-            peaks += [live.peak, decoding.peak]
-        return max(peaks)
 
     @torch.no_grad()
     def kept(self, samples: int, trains_text: bool) -> int:
