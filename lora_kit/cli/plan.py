@@ -75,7 +75,7 @@ def _planned(loaded: Recipe, activations: bool) -> _Facts:
     length = steps(loaded, data.samples, data.buckets.steps if data.buckets else None)
     few_bits = quantised_layers(loaded.model.quantize, base.tree, plan)
     held = memory(loaded, plan, base.parameters, few_bits)
-    held = with_step(held, loaded, plan, few_bits) if activations else held
+    held = with_step(held, loaded, plan, few_bits, data.samples or 0) if activations else held
     return _Facts(loaded, plan, rates, data, length, held, compiled(loaded, base.tree, plan, data))
 
 

@@ -39,15 +39,49 @@ class Memory(NamedTuple):
     """Of these, what autograd keeps from the forward pass for the backward pass."""
     libraries: int | None = None
     """Interpreter and libraries on a CPU; 0 on a GPU, where only tensors count."""
+    encoding: int | None = None
+    """What encoding pictures adds at the start; 0 where nothing is kept of them."""
+    measuring: int = 0
+    """What measuring held-out pictures adds; 0 without any."""
+    drawing: int = 0
+    """What drawing at validations adds; 0 without any."""
+    rested: int | None = None
+    """Of the frozen weights, those of encoders that are given back once all they make is kept."""
+    kept: int = 0
+    """Latents and captions' states in memory."""
+    waiting: int = 0
+    """Of the frozen weights, those that are in their file alone while pictures are encoded."""
     device: str | None = None
     """What a run would take here: `cpu` or `cuda`."""
 
     @property
     def expected_peak(self) -> int | None:
         """The most that a step holds: resident on a CPU, allocated on a GPU."""
+        return self.expected_peaks.get("steps")
+
+    @property
+    def expected_peaks(self) -> dict[str, int]:
+        """The most that each stage holds, by the names that a run's closing line has; empty: not reckoned."""
         if self.activations is None or self.libraries is None:
-            return None
-        return self.frozen + self.trainable + self.activations + self.libraries
+            return {}
+        base = self.libraries + self.kept
+        held = base + self.frozen + self.weights
+        kept = held + self.moments + self.average
+        found = {
+            "start": max(self._loading(base), held + self.measuring),
+            "steps": kept - (self.rested or 0) + self.gradients + self.activations,
+        }
+        most = max(self.measuring, self.drawing)
+        return found | ({"validation": kept + most} if most else {})
+
+    def _loading(self, base: int) -> int:
+        """The most while the base is loaded, and then while pictures are encoded. On a GPU the encoders alone are there
+        by then."""
+        encoding = self.encoding or 0
+        if self.device == "cuda":
+            return (self.rested or 0) + encoding
+        whole = base + (self.frozen if self.unquantised is None else self.unquantised)
+        return max(whole + self.weights, whole - self.waiting + encoding)
 
     @property
     def trainable(self) -> int:

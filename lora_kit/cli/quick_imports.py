@@ -49,6 +49,11 @@ def quick_imports(*, compiles: bool = False) -> Generator[None]:
             gc.enable()
 
 
+def import_environment(recipe: Recipe) -> dict[str, str]:
+    """Variables of a process that imports as a run of this recipe does under `quick_imports`, and compiles nothing."""
+    return {**os.environ, **({} if uses_bitsandbytes(recipe) else {_COMPILER_OFF: "1"})}
+
+
 def uses_bitsandbytes(recipe: Recipe) -> bool:
     """Whether the recipe asks for anything of bitsandbytes': weights in few bits, or one of its optimizers."""
     from lora_kit.recipe.optimizer import OPTIMIZERS  # here: `--help` reads no recipe

@@ -177,7 +177,7 @@ def decode(bundle: ModelBundle, latents: Tensor) -> Tensor:
     vae: Any = bundle.vae
     # The VAE has its own precision and, being large, works on one picture at a time: activations are what fills memory.
     scale = bundle.family.latent_scale(bundle)
-    pixels = torch.cat([decode_latents(vae, one, scale) for one in latents.split(_decoded_at_once(latents))])
+    pixels = torch.cat([decode_latents(vae, one, scale) for one in latents.split(decoded_at_once(latents))])
     if not bool(torch.isfinite(pixels).all()):
         raise ModelError(
             f"the picture holds NaN or infinite values (networks in {bundle.unet.dtype}, VAE in {vae.dtype}). "
@@ -186,7 +186,7 @@ def decode(bundle: ModelBundle, latents: Tensor) -> Tensor:
     return (pixels / 2 + 0.5).clamp(0, 1)
 
 
-def _decoded_at_once(latents: Tensor) -> int:
+def decoded_at_once(latents: Tensor) -> int:
     """Small latents go together; from 64 × 64 (512 pixels) one by one."""
     return max(1, 64 * 64 // (latents.shape[-1] * latents.shape[-2]))
 

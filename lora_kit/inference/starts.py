@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lora_kit.errors import RecipeError
 from lora_kit.models import ModelBundle
 from lora_kit.models.family.picture_inputs import PictureInputs, image_pixels, mask_pixels
+from lora_kit.models.released import bring
 
 PICTURE_STRENGTH = 0.8
 MASK_STRENGTH = 1.0
@@ -104,7 +105,7 @@ def default_strength(bundle: ModelBundle, inputs: Inputs) -> float:
 
 def picture_latents(bundle: ModelBundle, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """z_0 [b, c, h, w] of pictures [b, 3, H, W], a sample of the VAE's posterior by each one's generator; fp32."""
-    nn.Module.to(bundle.vae, bundle.device)
+    bring(bundle, "vae", bundle.device)
     mean, std = bundle.family.encode(bundle, pixels.to(bundle.device))
     return bundle.family.target_latents(bundle, mean, std, _noise(generators, mean.shape[1:]).to(bundle.device))
 

@@ -16,6 +16,7 @@ from lora_kit.models.unets import UNet
 from lora_kit.recipe.captions import LongText
 
 if TYPE_CHECKING:
+    from lora_kit.models.recall import Recall
     from lora_kit.recipe import Recipe
 
 FirstStage = AutoencoderKL | VQModel
@@ -146,6 +147,8 @@ class ModelBundle:
     """`epsilon`, `v_prediction` or `sample`, after any override."""
     source: str
     """The base as the user named it."""
+    recall: Recall | None = None
+    """Reads `vae` and `text_encoder` again, so that their weights can be given back meanwhile; None: they stay."""
 
     @property
     def components(self) -> dict[str, nn.Module]:

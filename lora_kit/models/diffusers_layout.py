@@ -63,7 +63,10 @@ class DiffusersBase:
     def text_encoder(self, dtype: torch.dtype) -> TextModel:
         """As in Layout."""
         kind = CLASSES[self._parts["text_encoder"].classes[0]][1]
-        return without_dropout(self._network(kind, "text_encoder", dtype=dtype))
+        stored = self.stored_dtype("text_encoder", "model") or dtype
+        network = self._network(kind, "text_encoder", dtype=stored)  # cast afterwards, as `_cast_network` says
+        to_dtype(network, dtype)
+        return without_dropout(network)
 
     def tokenizer(self) -> Tokenizer:
         """As in Layout."""
@@ -94,16 +97,16 @@ class DiffusersBase:
     def _cast_network(self, network_class: Any, part: str, dtype: torch.dtype) -> Any:
         """A network of diffusers', read as it is stored, which maps the file, and cast afterwards: diffusers' own cast
         holds the file's weights beside those made of them until the last one is made."""
-        network = self._network(network_class, part, torch_dtype=self._stored_dtype(part) or dtype)
+        network = self._network(network_class, part, torch_dtype=self.stored_dtype(part) or dtype)
         to_dtype(network, dtype)
         return network
 
-    def _stored_dtype(self, part: str) -> torch.dtype | None:
+    def stored_dtype(self, part: str, stem: str = "diffusion_pytorch_model") -> torch.dtype | None:
         """The one precision of a part's file here; None where there are several, or it is not so simple."""
         if not isinstance(self._where, Path):
             return None
         variant = f".{self._section.variant}" if self._section.variant else ""
-        path = self._where / self._parts[part].folder / f"diffusion_pytorch_model{variant}.safetensors"
+        path = self._where / self._parts[part].folder / f"{stem}{variant}.safetensors"
         if not path.is_file():
             return None
         with self._reading(part), safe_open(path, framework="pt") as file:

@@ -49,6 +49,15 @@ def channels_last(network: nn.Module) -> None:
     rewrite(network, lambda weight: weight.to(memory_format=torch.channels_last) if weight.ndim == 4 else weight)
 
 
+def forget(network: nn.Module) -> None:
+    """Give back the mapped pages of weights that nobody looks at for a while: whoever does, has them read from the file
+    again. Only for a network whose weights are as the file has them; others' are left alone."""
+    mapped = _mapped_files()
+    for weight in network.parameters():
+        if weight.device.type == "cpu":
+            _release(weight.data, mapped)
+
+
 def _release(tensor: Tensor, mapped: list[_Range]) -> None:
     """Give back the whole pages of a tensor that nobody looks at any more, if it lies in a mapped file."""
     if not mapped or not hasattr(mmap, "MADV_DONTNEED"):

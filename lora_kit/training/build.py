@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from accelerate import Accelerator
 
 from lora_kit.adapters import inject, read_raw, trainable_parameters
@@ -13,7 +14,8 @@ from lora_kit.adapters.state import adaptable_modules
 from lora_kit.models import ModelBundle, base_hash, load_bundle
 from lora_kit.models.adapter_layouts import layout_for
 from lora_kit.models.checkpointing import checkpoint_unet
-from lora_kit.models.mapped import channels_last
+from lora_kit.models.mapped import channels_last, forget
+from lora_kit.models.recall import Recall
 from lora_kit.models.text_models import checkpoint_activations
 from lora_kit.progress import no_progress, progress
 from lora_kit.recipe import Recipe
@@ -47,6 +49,7 @@ def build_run(recipe: Recipe, accelerator: Accelerator, resumes: bool = False, d
     file = Path(recipe.model.adapter) if recipe.model.adapter and not resumes else None
     raw = read_raw(file) if file else None
     bundle = load_bundle(recipe.model, dtype=base_dtype(recipe), seed=recipe.seed)
+    bundle.recall = Recall(recipe.model, base_dtype(recipe), torch.float32, recipe.seed)
     bundle.family = bundle.family.for_recipe(recipe)
     adopt_schedule(recipe.objective, bundle)
     tree = module_tree(bundle.components)
@@ -56,6 +59,7 @@ def build_run(recipe: Recipe, accelerator: Accelerator, resumes: bool = False, d
     modules, family = adaptable_modules(bundle.components), bundle.family.name
     start = starting_updates(file, raw, modules, plan, family) if file and raw else None
     hashed = "" if is_full(plan) else base_hash(bundle)
+    forget(bundle.unet)  # while pictures are encoded
     trains_text = bool(recipe.tokens) or any(target.module.component == "text_encoder" for target in plan.targets)
     tokens = start_tokens(bundle, recipe.tokens, recipe.seed) if recipe.tokens else None
     bar = progress if accelerator.is_main_process else no_progress

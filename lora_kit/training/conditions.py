@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from lora_kit.data.cache import DiskTexts
 from lora_kit.models import ModelBundle
 from lora_kit.models.moving import moved_all
+from lora_kit.models.released import bring
 from lora_kit.recipe.captions import LongText
 
 KEPT_TOKENS = 4096 * 77  # 77 × 768 fp32 states are 231 KiB: at most about 1 GB for SD 1.x
@@ -40,7 +40,7 @@ class Conditions:
         known = self._known(dict.fromkeys(captions))
         missing = [caption for caption in dict.fromkeys(captions) if caption not in known]
         if missing:
-            nn.Module.to(self.bundle.text_encoder, self.bundle.device)  # it may have waited on the CPU
+            bring(self.bundle, "text_encoder", self.bundle.device)  # it may have waited on the CPU
             with torch.no_grad():
                 states = self.bundle.family.caption_states(self.bundle, missing, self.long)
             new = {caption: state.detach().cpu() for caption, state in zip(missing, states, strict=True)}

@@ -11,7 +11,7 @@ from lora_kit.training.checkpoints.state import Progress, checkpoint_name, load_
 from lora_kit.training.folder import RunFolder
 from lora_kit.training.metrics import Metrics
 from lora_kit.training.objects import Run
-from lora_kit.training.peak_memory import StepPeak
+from lora_kit.training.peak_memory import RunPeak
 from lora_kit.training.processes.shares import written_by_main
 from lora_kit.training.result import write_result
 from lora_kit.training.validation.restoring import restoring_lines
@@ -33,8 +33,8 @@ class Outcome(NamedTuple):
     """Those of the best step, beside the last's (`save.result: both`)."""
     averages: int = 0
     """How many of `paths` are moving averages."""
-    step_peak: StepPeak | None = None
-    """The most memory that the steps held."""
+    peak: RunPeak | None = None
+    """The most memory that each stage held."""
 
     @property
     def path(self) -> Path:
@@ -76,7 +76,7 @@ class Outcome(NamedTuple):
                     f"{f['held_out_pictures']} held-out pictures is the own one for {f[f'top1_at_{strength}']:.1%}, "
                     f"among the nearest five for {f[f'top5_at_{strength}']:.1%} (chance {f['chance_top1']:.1%})"
                 )
-        return [*lines, *(self.step_peak.line() if self.step_peak is not None else [])]
+        return [*lines, *(self.peak.line() if self.peak is not None else [])]
 
 
 def finish_run(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress) -> Outcome:

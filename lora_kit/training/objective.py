@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_kit.data import Batch
 from lora_kit.diffusion import (
@@ -34,6 +34,7 @@ from lora_kit.diffusion import (
 from lora_kit.errors import ModelError
 from lora_kit.models import ModelBundle
 from lora_kit.models.moving import moved, rows_on
+from lora_kit.models.released import bring
 from lora_kit.models.schedules import ZERO_TERMINAL_SNR
 from lora_kit.recipe import ObjectiveSection
 from lora_kit.recipe.objective import check_against_base, weight_name
@@ -153,7 +154,7 @@ def latent_moments(bundle: ModelBundle, batch: Batch) -> tuple[Tensor, Tensor]:
     if pixels is None:
         assert batch.latent_mean is not None and batch.latent_std is not None
         return batch.latent_mean, batch.latent_std
-    nn.Module.to(bundle.vae, pixels.device)  # it may have waited on the CPU
+    bring(bundle, "vae", pixels.device)  # it may have waited on the CPU
     made = bundle.family.encode(bundle, pixels)
     if batch.latent_mean is None or batch.latent_std is None:
         return made

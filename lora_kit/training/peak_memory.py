@@ -31,29 +31,35 @@ def resident_memory() -> int | None:
     return _status("VmRSS")
 
 
-class StepPeak:
-    """The most that a run's steps held; what comes between them (validation, checkpoints) is left out."""
+class RunPeak:
+    """The most that each stage of a run held: its start, its steps, validations, writing checkpoints, the result."""
 
     def __init__(self, device: torch.device) -> None:
-        self.bytes: int | None = None
-        """None: no step yet, or the system does not tell."""
+        self.stages: dict[str, int] = {}
+        """Bytes by stage, in the order in which they came; empty where the system does not tell."""
         self._device = device
 
     @contextmanager
-    def watching(self) -> Generator[None]:
-        """A step is taken inside."""
+    def watching(self, stage: str) -> Generator[None]:
+        """The stage, or a part of it, runs inside. Stages do not nest."""
         reset_peak(self._device)
-        yield
-        found = peak_memory(self._device)
-        self.bytes = found if self.bytes is None or found is None else max(self.bytes, found)
+        try:
+            yield
+        finally:
+            found = peak_memory(self._device)
+            if found is not None:
+                self.stages[stage] = max(self.stages.get(stage, 0), found)
 
     def line(self) -> list[str]:
         """For the user, at the end."""
-        if self.bytes is None:
+        if not self.stages:
             return []
         kind = "allocated on the GPU" if self._device.type == "cuda" else "resident"
+        most = max(self.stages, key=lambda stage: self.stages[stage])
+        each = ", ".join(f"{stage} {size / 2**20:,.0f}" for stage, size in self.stages.items())
         return [
-            f"peak memory of the steps: {self.bytes / 2**20:,.1f} MiB {kind} (`plan --memory` reckons it beforehand)"
+            f"peak memory: {self.stages[most] / 2**20:,.1f} MiB {kind}, in its {most} ({each}; `plan --memory` reckons "
+            "it beforehand)"
         ]
 
 

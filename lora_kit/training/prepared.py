@@ -14,9 +14,10 @@ from lora_kit.data import TrainingSet, cache_latents
 from lora_kit.data.cache import DiskTexts
 from lora_kit.models import ModelBundle
 from lora_kit.models.first_stage import vae_factor
+from lora_kit.models.released import RELEASED, bring, release
 from lora_kit.progress import ProgressBar
 from lora_kit.recipe import Recipe
-from lora_kit.training.caching import ENCODE_BATCH, data_sets, fill_cache, open_cache
+from lora_kit.training.caching import ENCODE_BATCH, MOST_CAPTIONS, data_sets, fill_cache, open_cache
 from lora_kit.training.encoders import latent_encoder
 
 
@@ -29,6 +30,8 @@ class PreparedData(NamedTuple):
     """Captions' states on disk."""
     notices: tuple[str, ...]
     """What the user should be told once about the cache."""
+    keeps_texts: bool = False
+    """Whether the states of every caption that a step may see are on disk."""
 
     @property
     def needs_vae(self) -> bool:
@@ -55,7 +58,8 @@ def prepare_data(
             cache_latents(data, latent_encoder(bundle, accelerator.device), ENCODE_BATCH, bar)
     for data in sets:
         _tell_cut_captions(data, bundle)
-    return PreparedData(sets[0], sets[1] if len(sets) > 1 else None, texts, notices)
+    keeps_texts = bool(texts) and all_captions_kept(sets[0])
+    return PreparedData(sets[0], sets[1] if len(sets) > 1 else None, texts, notices, keeps_texts)
 
 
 def place_networks(
@@ -74,16 +78,43 @@ def place_networks(
 
 
 @contextmanager
-def visiting(device: torch.device, *networks: nn.Module) -> Generator[None]:
-    """Networks on the device while inside, and back where they were afterwards."""
-    homes = [next(network.parameters()).device for network in networks]
-    for network in networks:
-        _move(network, device)
+def visiting(bundle: ModelBundle, *names: str) -> Generator[None]:
+    """The encoders (all, or those of `names`: `vae`, `text_encoder`) beside the UNet while inside; back where they were
+    afterwards, or given back again."""
+    own = [name for name in names or RELEASED if getattr(bundle, name) is not None]
+    homes = {name: next(getattr(bundle, name).parameters()).device for name in own}
     try:
+        for name in own:
+            bring(bundle, name, bundle.device)
         yield
     finally:
-        for network, home in zip(networks, homes, strict=True):
-            _move(network, home)
+        for name, home in homes.items():
+            if home.type == "meta":
+                release(bundle, name)
+            else:
+                _move(getattr(bundle, name), home)
+
+
+def rest_encoders(bundle: ModelBundle, data: PreparedData, trains_text: bool) -> list[str]:
+    """Give back the weights of the encoders that steps make nothing with, as everything they make is kept; a line for
+    the user if there are any. Drawing reads them again (`visiting`), and so does the rare step that needs one after all
+    (`bring`), where it then stays."""
+    names = [] if data.needs_vae or bundle.family.sees_mask else ["vae"]
+    if bundle.has_text and data.keeps_texts and not trains_text:
+        names.append("text_encoder")
+    sizes = {name: release(bundle, name) for name in names}
+    freed = {name: size for name, size in sizes.items() if size}
+    if not freed:
+        return []
+    parts = " and ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in freed.items())
+    return [
+        f"given back, as steps find what they make at hand: {parts}; read from the base again where they are needed."
+    ]
+
+
+def all_captions_kept(data: TrainingSet) -> bool:
+    """Whether no picture has more captions than are kept of one (shuffled tags: such are encoded in each step)."""
+    return all(data.possible_captions(record, MOST_CAPTIONS) is not None for record in range(data.record_count))
 
 
 def _move(network: nn.Module, device: torch.device) -> None:

@@ -26,7 +26,7 @@ from lora_kit.training.peak_memory import peak_memory, reset_peak
 from lora_kit.training.prepared import PreparedData
 from lora_kit.training.processes.launch import build_accelerator, sharding_of
 from lora_kit.training.processes.launcher import follow_launcher
-from lora_kit.training.reckoning.fake_step import keeps_latents, picture_side
+from lora_kit.training.sizes import keeps_latents, picture_side
 from lora_kit.training.step import training_step
 
 STEPS = 3

@@ -12,6 +12,7 @@ from torch import nn
 from lora_kit.adapters.layers import live_layer, stacked
 from lora_kit.adapters.places import module_at, put_module
 from lora_kit.models import ModelBundle
+from lora_kit.models.mapped import forget
 from lora_kit.models.quantise import WeightError, error_of, held_bytes, quantised
 from lora_kit.recipe import Recipe
 from lora_kit.targeting.quantised import Quantised
@@ -113,6 +114,7 @@ def quantise_base(
         before += base.weight.numel() * base.weight.element_size()
         after += held_bytes([made])
         put_module(components, module.name, stacked(lora, delta, made))
+        forget(base)  # its file stays mapped as long as any other weight of it lives
     return QuantisedBase(plan.kind, len(plan.modules), before, after, whole, errors, exact)
 
 

@@ -32,6 +32,7 @@ from lora_kit.training.folder import RunFolder
 from lora_kit.training.objective import schedule_facts
 from lora_kit.training.objects import ADAPTER, Run
 from lora_kit.training.precision import DTYPES
+from lora_kit.training.prepared import visiting
 from lora_kit.training.processes.sharding import whole_network
 
 SAVE_DTYPES = {**DTYPES, "fp32": DTYPES["no"]}
@@ -160,8 +161,9 @@ def _write_model(run: Run, path: Path) -> None:
     """The whole base with its trained networks, in `save.dtype`, as a diffusers folder. Every process takes part in
     gathering sharded networks, and the main one writes."""
     keeps = run.accelerator.is_main_process
-    parts = {**run.bundle.components, "vae": run.bundle.vae}  # cast copies: figures are of the weights as trained
-    networks = {name: whole_network(network, keeps, _dtype(run)) for name, network in parts.items()}
+    with visiting(run.bundle):
+        parts = {**run.bundle.components, "vae": run.bundle.vae}  # cast copies: figures are of the weights as trained
+        networks = {name: whole_network(network, keeps, _dtype(run)) for name, network in parts.items()}
     if not keeps:
         return
     temporary = path.with_name(f".{path.name}.tmp")

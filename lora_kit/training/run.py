@@ -21,11 +21,13 @@ from lora_kit.training.checkpoints.state import Progress
 from lora_kit.training.compiling import check_compile
 from lora_kit.training.finish import Outcome, finish_run
 from lora_kit.training.folder import RunFolder, prepare_folder
+from lora_kit.training.freed_memory import give_back_freed
 from lora_kit.training.metrics import Metrics, NoMetrics
 from lora_kit.training.objects import Run
 from lora_kit.training.one_step import Steps, is_due, take_step
 from lora_kit.training.optimization.optimizers import check_optimizer
-from lora_kit.training.peak_memory import StepPeak
+from lora_kit.training.peak_memory import RunPeak
+from lora_kit.training.prepared import rest_encoders
 from lora_kit.training.processes.launch import build_accelerator, sharding_of
 from lora_kit.training.processes.launcher import follow_launcher
 from lora_kit.training.processes.shares import common_facts, takes_part, written_by_main
@@ -59,9 +61,13 @@ def _train_in(folder: RunFolder, recipe: Recipe, accelerator: Accelerator) -> Ou
     damaged = prepare_folder(recipe) if accelerator.is_main_process else []
     accelerator.wait_for_everyone()
     checkpoint = common_checkpoint(accelerator, recipe)
-    run = build_run(recipe, accelerator, resumes=checkpoint is not None)
-    require_same(accelerator, common_facts(run))
-    progress, notices, base = begin(run, checkpoint)
+    peak = RunPeak(accelerator.device)
+    with peak.watching("start"):
+        run = build_run(recipe, accelerator, resumes=checkpoint is not None)
+        require_same(accelerator, common_facts(run))
+        progress, notices, base = begin(run, checkpoint)
+    notices += rest_encoders(run.bundle, run.prepared, run.learner.conditions.trained)
+    give_back_freed()
     start_trackers(accelerator, recipe)
     with full_disk_told(folder.root, partial(last_whole, folder)):
         if run.accelerator.is_main_process:
@@ -71,49 +77,57 @@ def _train_in(folder: RunFolder, recipe: Recipe, accelerator: Accelerator) -> Ou
             for notice in [*run.notices, *damaged, *notices]:
                 metrics.say(notice)
             try:
-                return _train(run, folder, metrics, progress, base)
+                return _train(run, folder, metrics, progress, base, peak)
             finally:
                 _list_skipped(run, folder, metrics)
                 stop_trackers(accelerator)
 
 
-def _train(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress, base: Base) -> Outcome:
-    recipe, peak = run.recipe, StepPeak(run.accelerator.device)
+def _train(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress, base: Base, peak: RunPeak) -> Outcome:
+    recipe = run.recipe
     loader = make_loader(run.data, recipe, run.accelerator, first_step=progress.step, even=run.is_sharded)
     with StopSignals() as signals, Steps(run, folder, metrics, progress.skipped_in_row) as steps:
         link_best(run, folder, progress)  # as the checkpoint knows it, which may be an older one
         # That of step 0, or one that a kill cut off after its checkpoint.
-        progress = _validated(run, folder, metrics, progress, base)
+        progress = _validated(run, folder, metrics, progress, base, peak)
         over = _is_over(run, progress)  # also of a run that stopped early before it was resumed
         for batches in loader if not over else ():
-            with peak.watching():
+            with peak.watching("steps"):
                 progress = take_step(steps, batches, progress, stop=signals.number is not None)
             if steps.interrupted and progress.step < recipe.train.max_steps:
                 save_now(run, folder, progress)
                 raise interrupted(folder, progress.step, signals.number)
-            progress = _validated(run, folder, metrics, progress, base)
+            progress = _validated(run, folder, metrics, progress, base, peak)
             over = _is_over(run, progress)
-            if over or is_due(recipe.save.every, progress.step):
-                save_now(run, folder, progress)
-            elif is_best(run, progress) and takes_part(run):
-                write_checkpoint(run, folder, progress)
+            with peak.watching("checkpoints"):
+                if over or is_due(recipe.save.every, progress.step):
+                    save_now(run, folder, progress)
+                elif is_best(run, progress) and takes_part(run):
+                    write_checkpoint(run, folder, progress)
             if over:
                 break
     run.accelerator.wait_for_everyone()
     if not takes_part(run):
         return Outcome([], {}, is_main=False)
     link_best(run, folder, progress)
-    return finish_run(run, folder, metrics, progress)._replace(step_peak=peak)
+    give_back_freed()
+    with peak.watching("result"):
+        outcome = finish_run(run, folder, metrics, progress)
+    return outcome._replace(peak=peak)
 
 
-def _validated(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress, base: Base) -> Progress:
+def _validated(
+    run: Run, folder: RunFolder, metrics: Metrics, progress: Progress, base: Base, peak: RunPeak
+) -> Progress:
     """The progress with the validation of its step, where one is due and was not done before a resume."""
     step = progress.step
     due = step in (0, run.recipe.train.max_steps) or is_due(run.recipe.validation.every, step)
     if not due or progress.validated or not takes_part(run):
         return progress
-    with written_by_main(run, folder) as place:
+    give_back_freed()
+    with peak.watching("validation"), written_by_main(run, folder) as place:
         found = validate(run, place, metrics, step, base)
+    give_back_freed()
     if run.is_sharded:  # what is best is decided once
         found = agreed(run.accelerator, found)
     return with_validation(progress, found)

@@ -1,12 +1,13 @@
-"""What each way of saving memory saves and costs, at Stable Diffusion 1.5's size, and how well `plan` reckons it.
+"""What `lora-kit plan --memory` reckons against what runs take, and what each way of saving memory saves and costs.
 
-    python scripts/bench/memory.py [--only "nf4,all together"] [--pixels 256] [--steps 3] [--folder DIR] [--quick]
+    python scripts/bench/memory.py [--tables reckoned,saved] [--only "nf4;all together"] [--folder DIR] [--quick]
 
-The base has random weights in bf16 and is saved as its diffusers pipeline is. Each row is a process of its own, which
-builds a run (attention targets, rank 16, batch 1, bf16) and takes `--steps` steps on made-up pictures: the most that
-was resident and anonymous in them, CPU seconds of a step (the median of all but the first), and, from a `lora-kit plan`
-of the same recipe before, what was reckoned. `--folder` keeps the base for the next time. `--quick`: narrow networks,
-to see that the script runs.
+Each row plans its recipe, then trains it for a few steps in a process of its own, and shows the peaks of the run's
+start (loading, encoding, measuring the base) and steps beside those that were reckoned, resident memory, MiB; and CPU
+seconds of a step, the median of all but the first. `reckoned`: recipes/quickstart.yaml as it is, and changed, and a
+base of Stable Diffusion 1.5's size with random weights in bf16, 256 px, batch 1. `saved`: that base with each way of
+saving memory. `--folder` is where it lies, or is kept for the next time. `--quick`: narrow networks, to see that the
+script runs. Memory does not mind what else the machine does; CPU seconds do a little.
 """
 
 from __future__ import annotations
@@ -17,123 +18,151 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from families import stable_diffusion
 from PIL import Image
 
-CHECKPOINTS, EIGHT_BITS, NF4 = "train.gradient_checkpointing=true", "optimizer.name=adamw8bit", "model.quantize=nf4"
-KEPT = "data.cache=memory"
-ROWS: dict[str, tuple[str, ...]] = {
-    "nothing": ("data.cache=none",),
-    "latents and text states kept": (KEPT,),
-    "gradient checkpointing": (KEPT, CHECKPOINTS),
-    "8-bit optimizer": (KEPT, EIGHT_BITS),
-    "nf4": (KEPT, NF4),
-    "int8": (KEPT, "model.quantize=int8"),
-    "all together": (KEPT, CHECKPOINTS, EIGHT_BITS, NF4),
+QUICKSTART = Path(__file__).resolve().parents[2] / "recipes" / "quickstart.yaml"
+STEPS = 4
+SHORT = (f"train.max_steps={STEPS}", "schedule.warmup_steps=1", "save.every=0")
+FEW = ("validation.every=0", "validation.steps=2", "validation.retrieval=false")
+"""Validation before the first step and after the last, drawn in two steps."""
+ATTENTION, CHECKPOINTS = "targets.preset=attention", "train.gradient_checkpointing=true"
+DISK, EIGHT_BITS, NF4 = "data.cache=disk", "optimizer.name=adamw8bit", "model.quantize=nf4"
+QUICKSTARTS: dict[str, tuple[str, ...]] = {
+    "quickstart": (),
+    "quickstart, batch 1": ("data.batch_size=1",),
+    "quickstart, batch 32": ("data.batch_size=32",),
+    "quickstart, attention": (ATTENTION,),
+    "quickstart, gradient checkpointing": (CHECKPOINTS,),
+    "quickstart, bf16": ("train.mixed_precision=bf16",),
 }
+LARGE: dict[str, tuple[str, ...]] = {
+    "SD 1.5 size, attention": (),
+    "SD 1.5 size, all": ("targets.preset=all",),
+}
+SAVED: dict[str, tuple[str, ...]] = {
+    "nothing: VAE and text encoder in the step": ("data.cache=none",),
+    "latents kept: VAE gone": ("data.cache=memory",),
+    "latents and text states kept: both gone": (DISK,),
+    "gradient checkpointing": (DISK, CHECKPOINTS),
+    "8-bit optimizer": (DISK, EIGHT_BITS),
+    "int8": (DISK, "model.quantize=int8"),
+    "nf4": (DISK, NF4),
+    "all together": (DISK, CHECKPOINTS, EIGHT_BITS, NF4),
+}
+
+
+class Row(NamedTuple):
+    """A recipe with changes."""
+
+    name: str
+    recipe: Path
+    overrides: tuple[str, ...]
 
 
 def main() -> None:
     options = _options()
     if options.row:
-        print(json.dumps(measured(options.row, options.steps)))
+        print(json.dumps(_trained(*json.loads(options.row))))
         return
     with tempfile.TemporaryDirectory() as place:
-        recipe = _recipe(Path(options.folder or place), Path(place), options)
-        print("| saved by | reckoned MB | resident MB | ratio | anonymous MB | while loading | CPU s a step |")
-        print("|---|---|---|---|---|---|---|", flush=True)
-        for name in options.only.split(",") if options.only else ROWS:
-            overrides = ROWS[name]
-            plan = _json(["-m", "lora_kit", "plan", recipe, *overrides, "--memory", "--json"])
-            reckoned = plan["memory_bytes"]["expected_peak"]
-            row = json.dumps([recipe, *overrides])
-            found = _json([__file__, "--row", row, "--steps", str(options.steps)])
-            sizes = [f"{size / 1e6:,.0f}" for size in (reckoned, found["resident"])]
-            cells = [*sizes, f"{reckoned / found['resident']:.2f}", f"{found['anonymous'] / 1e6:,.0f}"]
-            cells += [f"{found['loading'] / 1e6:,.0f}", f"{found['cpu_seconds']:.2f}"]
-            print("| " + " | ".join([name, *cells]) + " |", flush=True)
+        for table in options.tables.split(","):
+            rows = [*_rows(table, Path(options.folder or place), Path(place), options.quick)]
+            wanted = options.only.split(";") if options.only else [row.name for row in rows]
+            print(f"\n**{table.capitalize()}**.\n")
+            print("| | start: reckoned | measured | ratio | steps: reckoned | measured | ratio | CPU s a step |")
+            print("|---|---|---|---|---|---|---|---|", flush=True)
+            for row in rows:
+                if row.name in wanted:
+                    print(_line(row, Path(place)), flush=True)
 
 
-def measured(row: str, steps: int) -> dict[str, float]:
-    """Bytes and CPU seconds of one row, in this process."""
+def _rows(table: str, folder: Path, place: Path, quick: bool) -> Iterator[Row]:
+    changes = SAVED if table == "saved" else LARGE
+    if table == "reckoned":
+        for name, overrides in QUICKSTARTS.items():
+            yield Row(name, QUICKSTART, (*SHORT, *FEW, *overrides))
+    large = _large(folder, place, quick)
+    for name, overrides in changes.items():
+        yield Row(name, large, (*SHORT, *overrides))
+
+
+def _line(row: Row, place: Path) -> str:
+    """A row of the table. Its cache begins empty."""
+    with tempfile.TemporaryDirectory(dir=place) as out:
+        overrides = [*row.overrides, f"output_dir={out}/run", f"data.cache_dir={out}/cache"]
+        plan = _output(["-m", "lora_kit", "plan", str(row.recipe), *overrides, "--memory", "--json"])
+        reckoned = json.loads(plan)["memory_bytes"]["expected_peaks"]
+        found = json.loads(_output([__file__, "--row", json.dumps([str(row.recipe), overrides])]).splitlines()[-1])
+    cells = [row.name]
+    for stage in ("start", "steps"):
+        told, taken = reckoned[stage] / 2**20, found["peaks"][stage] / 2**20
+        cells += [f"{told:,.0f}", f"{taken:,.0f}", f"{told / taken:.2f}"]
+    cells.append(f"{found['cpu_seconds']:.2f}")
+    return f"| {' | '.join(cells)} |"
+
+
+def _trained(recipe: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Peaks and CPU seconds of a step of a run, in this process."""
+    from lora_kit.cli.quick_imports import quick_imports, uses_bitsandbytes
     from lora_kit.recipe import load_recipe
-    from lora_kit.training.build import build_run
-    from lora_kit.training.peak_memory import StepPeak, peak_memory
-    from lora_kit.training.probe import made_up, stand_in_data
-    from lora_kit.training.processes.launch import build_accelerator
-    from lora_kit.training.step import training_step
 
-    path, *overrides = json.loads(row)
-    recipe = load_recipe(path, overrides)
-    accelerator = build_accelerator(recipe)
-    run = build_run(recipe, accelerator, resumes=True, data=stand_in_data(recipe))
-    loading = peak_memory(accelerator.device) or 0
-    batches, seconds, peak = made_up(run, accelerator), list[float](), StepPeak(accelerator.device)
-    with _most_anonymous() as most:
-        for step in range(steps):
-            began = time.process_time()
-            with peak.watching():
-                training_step(run.learner, batches, step)
-            seconds.append(time.process_time() - began)
-    cpu = statistics.median(seconds[1:] or seconds)
-    return {"resident": peak.bytes or 0, "anonymous": max(most), "loading": loading, "cpu_seconds": cpu}
+    loaded = load_recipe(recipe, overrides)
+    with quick_imports(compiles=uses_bitsandbytes(loaded)):
+        from lora_kit.training import run
+
+    seconds, step = list[float](), run.take_step
+
+    def timed(*arguments: Any, **options: Any) -> Any:
+        began = time.process_time()
+        done = step(*arguments, **options)
+        seconds.append(time.process_time() - began)
+        return done
+
+    run.take_step = timed
+    peak = run.train(loaded).peak
+    assert peak is not None
+    return {"peaks": peak.stages, "cpu_seconds": statistics.median(seconds[1:])}
 
 
-@contextmanager
-def _most_anonymous() -> Generator[list[int]]:
-    """The largest RssAnon that was seen, looked at fifty times a second."""
-    most, over = [0], threading.Event()
-
-    def look() -> None:
-        while not over.wait(0.02):
-            lines = Path("/proc/self/status").read_text().splitlines()
-            most[0] = max(most[0], int(next(line for line in lines if line.startswith("RssAnon:")).split()[1]) * 1024)
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    try:
-        yield most
-    finally:
-        over.set()
-        thread.join()
+def _output(arguments: list[str]) -> str:
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr}")
+    return done.stdout
 
 
-def _json(arguments: list[str]) -> dict[str, float]:
-    done = subprocess.run([sys.executable, *arguments], stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1] if arguments[0] == __file__ else done.stdout)
-
-
-def _recipe(folder: Path, place: Path, options: argparse.Namespace) -> str:
-    base = folder / ("sd15-quick" if options.quick else "sd15-bf16")
-    if not base.is_dir():
-        stable_diffusion("SD 1.5", {}, {}, options.quick).save_pretrained(base)
-    (place / "pictures").mkdir()
-    Image.new("RGB", (64, 64)).save(place / "pictures" / "a.png")
-    (place / "pictures" / "a.txt").write_text("a picture")
+def _large(folder: Path, place: Path, quick: bool) -> Path:
+    """The recipe over the large base, which is built if it is not there."""
+    base = folder / ("sd15-quick" if quick else "sd15")
+    if not (base / "model_index.json").is_file():
+        stable_diffusion("SD 1.5", {}, {}, quick).save_pretrained(base)
+    pictures = place / "pictures"
+    if not pictures.is_dir():
+        pictures.mkdir()
+        Image.effect_noise((256, 256), 100).convert("RGB").save(pictures / "a.png")
+        (pictures / "a.txt").write_text("a picture")
     recipe = {
         "model": {"base": str(base)},
         "targets": {"preset": "attention", "rank": 16},
-        "data": {"sources": [{"path": "pictures"}], "resolution": options.pixels, "batch_size": 1},
+        "data": {"sources": [{"path": "pictures"}], "resolution": 64 if quick else 256, "batch_size": 1},
         "train": {"mixed_precision": "bf16", "trackers": []},
-        "output_dir": "out",
     }
-    path = place / "recipe.yaml"
+    path = place / "large.yaml"
     path.write_text(json.dumps(recipe))
-    return str(path)
+    return path
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help=f"rows, comma-separated: {', '.join(ROWS)}")
-    parser.add_argument("--pixels", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--folder", help="where the base is, or is kept")
+    parser.add_argument("--tables", default="reckoned,saved", help="reckoned, saved")
+    parser.add_argument("--only", help=f"rows, separated by ;: {'; '.join([*QUICKSTARTS, *LARGE, *SAVED])}")
+    parser.add_argument("--folder", help="where the large base is, or is kept")
     parser.add_argument("--quick", action="store_true", help="narrow networks")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     return parser.parse_args()

@@ -16,6 +16,7 @@ from lora_kit.models.family.masks import mask_for
 from lora_kit.models.family.picture_inputs import PictureInputs, image_pixels, mask_pixels, picture_inputs
 from lora_kit.models.first_stage import vae_factor
 from lora_kit.models.moving import moved
+from lora_kit.models.released import bring
 from lora_kit.recipe.inpainting import InpaintingSection, check_inpainting
 from lora_kit.recipe.without_text import check_with_text
 
@@ -87,7 +88,7 @@ def mask_and_picture(
     """Masks [b, 1, H, W] of 0 and 1, at latent size by the nearest pixel, before the latents of pixels · (1 - mask), a
     sample of the VAE's posterior by each picture's generator: fp32 [b, 1 + c, h, w]. As StableDiffusionInpaintPipeline.
     """
-    nn.Module.to(bundle.vae, pixels.device)  # it may have waited on the CPU
+    bring(bundle, "vae", pixels.device)  # it may have waited on the CPU
     mean, std = bundle.family.encode(bundle, pixels * (masks < 0.5))
     noise = torch.stack([torch.randn(mean.shape[1:], generator=chance) for chance in generators])
     latents = bundle.family.target_latents(bundle, mean, std, moved(noise, mean.device))

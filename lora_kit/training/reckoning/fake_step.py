@@ -16,15 +16,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_kit.adapters.trained_parts import TrainedParts
 from lora_kit.models import ModelBundle, skeleton
-from lora_kit.models.first_stage import latent_channels, vae_factor
 from lora_kit.recipe import Recipe
 from lora_kit.targeting import TargetPlan
 from lora_kit.targeting.quantised import Quantised
 from lora_kit.training.build import make_trainable
 from lora_kit.training.learned_tokens import TokenRows
-from lora_kit.training.precision import DTYPES, base_dtype
+from lora_kit.training.precision import base_dtype
 from lora_kit.training.reckoning.few_bits import hold_in_few_bits
-from lora_kit.training.reckoning.live_bytes import LiveBytes, saved_bytes
+from lora_kit.training.reckoning.live_bytes import LiveBytes, Scratch, saved_bytes
+from lora_kit.training.reckoning.scratch import cpu_scratch
+from lora_kit.training.reckoning.stages import Stages, autocast, predict
+from lora_kit.training.sizes import keeps_latents, micro_batch, picture_side
 
 
 class Activations(NamedTuple):
@@ -37,23 +39,18 @@ class Activations(NamedTuple):
     """Bytes of all tensors at the fullest moment of both passes, gradients of the weights too."""
     gradients: int
     """Bytes of the weights' gradients, as far as the networks trained have any."""
-
-
-def picture_side(recipe: Recipe) -> int:
-    """Of the largest pictures that are trained on, as a square: buckets have as many pixels."""
-    sides = {source.resolution or recipe.data.resolution for source in recipe.data.sources}
-    several = recipe.data.buckets.resolutions if recipe.data.buckets else None
-    return max(sides | set(several or ()))
-
-
-def micro_batch(recipe: Recipe) -> int:
-    """Pictures in the largest forward pass of one process."""
-    return min(recipe.train.micro_batch_size or recipe.data.batch_size, recipe.data.batch_size)
-
-
-def keeps_latents(recipe: Recipe) -> bool:
-    """Whether steps find latents at hand; else the VAE is part of a step."""
-    return recipe.data.cache != "none" and recipe.data.crop == "center"
+    encoding: int = 0
+    """Bytes of all tensors while pictures are encoded to be kept; 0 where none are."""
+    measuring: int = 0
+    """Bytes of all tensors while held-out pictures are measured; 0 without any."""
+    drawing: int = 0
+    """Bytes of all tensors while validation draws; 0 where it does not."""
+    rested: int = 0
+    """Bytes of the encoders' weights that are given back after encoding."""
+    kept: int = 0
+    """Bytes of latents and captions' states that memory keeps."""
+    waiting: int = 0
+    """Bytes of the UNet's weights that are in its file alone while pictures are encoded."""
 
 
 def trains_text(recipe: Recipe, plan: TargetPlan) -> bool:
@@ -61,8 +58,11 @@ def trains_text(recipe: Recipe, plan: TargetPlan) -> bool:
     return bool(recipe.tokens) or any(target.module.component == "text_encoder" for target in plan.targets)
 
 
-def reckon(recipe: Recipe, plan: TargetPlan, few_bits: Quantised | None = None, device: str = "cpu") -> Activations:
+def reckon(
+    recipe: Recipe, plan: TargetPlan, few_bits: Quantised | None = None, device: str = "cpu", samples: int = 0
+) -> Activations:
     """Run one micro-batch on fake tensors of `device`, which need not be there. Captions count as one chunk each.
+    samples: pictures that something is kept of.
 
     Nothing is allocated but Python's own objects; the base's configs are read, no weights.
     """
@@ -80,21 +80,27 @@ def reckon(recipe: Recipe, plan: TargetPlan, few_bits: Quantised | None = None, 
     with FakeTensorMode(), torch.device(device):
         for network in bundle.networks:
             _put_on(network, device)
-        return _passes(recipe, bundle, device, trains_text(recipe, plan))
+        bundle.tokenizer = _FullCaptions()
+        scratch = cpu_scratch if device == "cpu" else None
+        found = _step(recipe, bundle, device, trains_text(recipe, plan), scratch)
+        other = Stages(recipe, bundle, device, scratch)
+        with_text = trains_text(recipe, plan)
+        found = found._replace(rested=other.rested(with_text), kept=other.kept(samples, with_text))
+        found = found._replace(encoding=other.encoding(), waiting=other.waiting())
+        return found._replace(measuring=other.measuring(), drawing=other.drawing())
 
 
-def _passes(recipe: Recipe, bundle: ModelBundle, device: str, with_text: bool) -> Activations:
-    bundle.tokenizer = _FullCaptions()
+def _step(recipe: Recipe, bundle: ModelBundle, device: str, with_text: bool, scratch: Scratch | None) -> Activations:
     count = micro_batch(recipe)
     trained = [weight for weight in _weights(bundle.components.values()) if weight.requires_grad]
     several = count < recipe.data.batch_size
     for weight in trained if several else ():  # those of the micro-batches before
         weight.grad = torch.empty_like(weight)
     known = list(_weights(bundle.networks))
-    with LiveBytes([*known, *(weight.grad for weight in trained if weight.grad is not None)]) as live:
+    with LiveBytes([*known, *(weight.grad for weight in trained if weight.grad is not None)], scratch) as live:
         if not keeps_latents(recipe):
             _encode(recipe, bundle)
-        with _autocast(recipe, device), saved_bytes(known) as saved:
+        with autocast(recipe, device), saved_bytes(known) as saved:
             loss = _loss(recipe, bundle, with_text)
         kept = sum(saved.values())
         loss.backward()
@@ -104,28 +110,13 @@ def _passes(recipe: Recipe, bundle: ModelBundle, device: str, with_text: bool) -
 
 def _loss(recipe: Recipe, bundle: ModelBundle, with_text: bool) -> Tensor:
     """A squared error: other losses differ in a few tensors of the latents' size."""
-    count, side = micro_batch(recipe), picture_side(recipe) // vae_factor(bundle)
-    noisy = torch.empty(count, latent_channels(bundle.vae), side, side)
-    config: Any = bundle.unet.config
-    more = int(config.in_channels) - noisy.shape[1]
-    beside = torch.empty(count, more, side, side) if more > 0 else None
-    condition: Any = None
-    if bundle.has_text:
-        with torch.set_grad_enabled(with_text):
-            condition = bundle.family.condition(bundle, [""] * count)
-    times = torch.zeros(count, dtype=torch.int64)
-    predicted = bundle.family.predict(bundle, noisy, times, condition, beside)
-    return (predicted.float() - torch.empty_like(noisy)).square().mean()
+    predicted = predict(bundle, micro_batch(recipe), picture_side(recipe), with_text)
+    return (predicted.float() - torch.empty_like(predicted, dtype=torch.float32)).square().mean()
 
 
 def _encode(recipe: Recipe, bundle: ModelBundle) -> None:
     side = picture_side(recipe)
     bundle.family.encode(bundle, torch.empty(micro_batch(recipe), 3, side, side))
-
-
-def _autocast(recipe: Recipe, device: str) -> Any:
-    precision = DTYPES[recipe.train.mixed_precision]
-    return torch.autocast(device, precision, enabled=precision != torch.float32)
 
 
 class _FullCaptions:

@@ -1,16 +1,97 @@
-"""What the interpreter and a run's libraries take, before anything of the recipe is loaded."""
+"""What the interpreter and a run's libraries take beside all tensors: measured, as no config tells it.
+
+With the imports alone it is not done. The first step brings the tokenizer, kernels' code and tables, and what torch and
+the allocator keep for themselves. So a process of its own takes steps with the packaged base, in the recipe's
+precision and with its optimizer; what is resident then, less all its tensors, is it.
+"""
 
 from __future__ import annotations
 
-import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-from lora_kit.training.peak_memory import resident_memory
+if TYPE_CHECKING:
+    from lora_kit.recipe import Recipe
+    from lora_kit.training.objects import Run
+
+_SIDE = 64
+_STEPS = 2  # the optimizer's own comes with the first
 
 
-def libraries_bytes() -> int:
-    """Resident bytes of this process once it has imported what a run imports; 0 where the system does not tell.
+@contextmanager
+def measuring_libraries(recipe: Recipe, environment: Mapping[str, str]) -> Generator[Callable[[], int]]:
+    """Start that process; inside, what is yielded waits for its bytes (0: the system, or that process, does not tell).
+    It runs while others work, and takes some seconds. environment: its variables."""
+    command = [sys.executable, "-m", "lora_kit.training.reckoning.libraries", json.dumps(_like(recipe))]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    ) as process:
 
-    A measurement, as no config tells it: it goes with the versions, and comes to a run's own to some 5 %.
-    """
-    importlib.import_module("lora_kit.training.run")
-    return resident_memory() or 0
+        def wait() -> int:
+            said = process.communicate()[0]
+            return int(said.splitlines()[-1]) if process.returncode == 0 else 0
+
+        try:
+            yield wait
+        finally:
+            process.kill()
+
+
+def _like(recipe: Recipe) -> dict[str, Any]:
+    """What of the recipe decides which code runs, on the packaged base. No CPU runs fp16, nor has paged optimizers."""
+    precision = recipe.train.mixed_precision
+    name = recipe.optimizer.name
+    return {
+        "model": {"base": "tiny", "quantize": recipe.model.quantize},
+        "targets": {"preset": "attention", "rank": 4},
+        "data": {"sources": [{"path": "."}], "resolution": _SIDE, "batch_size": 1},
+        "optimizer": {"name": "adamw" if name.startswith("paged") else name, "lr": recipe.optimizer.lr},
+        "train": {"mixed_precision": "bf16" if precision == "fp16" else precision, "trackers": []},
+        "output_dir": "unused",
+    }
+
+
+def _measured(tree: dict[str, Any]) -> int:
+    """In the process of its own."""
+    import torch
+
+    from lora_kit.models.released import RELEASED, release
+    from lora_kit.recipe import Recipe
+    from lora_kit.training.build import build_run
+    from lora_kit.training.freed_memory import give_back_freed
+    from lora_kit.training.peak_memory import resident_memory
+    from lora_kit.training.probe import made_up, stand_in_data
+    from lora_kit.training.processes.launch import build_accelerator
+    from lora_kit.training.step import training_step
+
+    recipe = Recipe.model_validate(tree)
+    accelerator = build_accelerator(recipe)
+    assert accelerator.device == torch.device("cpu"), "a GPU's tensors are counted without the libraries"
+    run = build_run(recipe, accelerator, resumes=True, data=stand_in_data(recipe))
+    batches = made_up(run, accelerator)
+    for step in range(_STEPS):
+        training_step(run.learner, batches, step)
+    for name in RELEASED:
+        release(run.bundle, name)
+    give_back_freed()
+    return max(0, (resident_memory() or 0) - _tensors(run))
+
+
+def _tensors(run: Run) -> int:
+    """Bytes of weights and the optimizer's state."""
+    import torch
+
+    state: Any = run.learner.optimizer.optimizer.state
+    kept = [value for own in state.values() for value in own.values() if isinstance(value, torch.Tensor)]
+    tensors = [*run.bundle.unet.parameters(), *run.bundle.unet.buffers(), *kept]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+if __name__ == "__main__":
+    import lora_kit.training.run  # noqa: F401 (all that a run imports)
+
+    sys.stdout.write(f"{_measured(json.loads(sys.argv[1]))}\n")

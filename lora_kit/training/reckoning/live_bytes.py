@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,20 +12,24 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+Scratch = Callable[[Any, Sequence[Any], Any], int]
+
 
 class LiveBytes(TorchDispatchMode):
     """While inside, every storage that an operation makes counts from then on until it is freed.
 
-    What a kernel takes and frees within one operation is not seen: the library's scratch memory comes on top.
+    What a kernel takes and frees within one operation is not seen; `scratch` reckons it.
     """
 
-    def __init__(self, known: Iterable[Tensor] = ()) -> None:
-        """known: what is there already, and does not count (weights)."""
+    def __init__(self, known: Iterable[Tensor] = (), scratch: Scratch | None = None) -> None:
+        """known: what is there already, and does not count (weights). scratch: of an operation, its arguments and
+        what it made → bytes that it needs beside them."""
         super().__init__()  # pyright: ignore[reportUnknownMemberType] (torch's stub)
         self.live = 0
         """Bytes that live now."""
         self.peak = 0
-        """The most that lived at once."""
+        """The most that lived at once, with an operation's scratch."""
+        self._scratch = scratch
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -33,6 +37,8 @@ class LiveBytes(TorchDispatchMode):
         for value in tree_iter(made):
             if isinstance(value, Tensor):
                 self._count(value.untyped_storage())
+        if self._scratch is not None:
+            self.peak = max(self.peak, self.live + self._scratch(func, args, made))
         return made
 
     def _count(self, storage: Any) -> None:

@@ -19,6 +19,7 @@ from lora_kit.training.folder import RunFolder
 from lora_kit.training.metrics import Metrics
 from lora_kit.training.objects import ADAPTER, Run
 from lora_kit.training.prepared import visiting
+from lora_kit.training.validation.batches import validation_settings
 
 MOST_COLUMNS = 12
 """Steps on one sheet; of more, the first, the last and others evenly between."""
@@ -68,23 +69,13 @@ def draw_final(run: Run, folder: RunFolder, metrics: Metrics, steps: Sequence[in
 def draw_at(run: Run, prompts: Sequence[str], strength: float) -> list[Image.Image]:
     """The prompts at one strength, each with the section's seed, on the run's own schedule and prediction type."""
     seed = run.recipe.validation.seed
-    with at_strength(run, strength), visiting(run.bundle.device, *run.bundle.networks):
+    with at_strength(run, strength), visiting(run.bundle):
         return draw(run.bundle, prompts, [seed] * len(prompts), settings=settings_of(run))
 
 
 def settings_of(run: Run, steps: int | None = None, size: tuple[int, int] | None = None) -> SamplingSettings:
-    """The validation section's sampler settings at the training resolution; steps: others than the section's; size:
-    another width and height."""
-    section, side = run.recipe.validation, run.recipe.data.resolution
-    width, height = size or (side, side)
-    settings = SamplingSettings(
-        steps=section.steps,
-        guidance=section.guidance,
-        negative_prompt=section.negative_prompt,
-        width=width,
-        height=height,
-        long_prompts=run.recipe.data.captions.long,
-    )
+    """`validation_settings` of the run; steps: others than the section's."""
+    settings = validation_settings(run.recipe, run.bundle, size)
     return settings if steps is None else replace(settings, steps=steps)
 
 

@@ -13,7 +13,7 @@ from lora_kit.inference.sampling import SamplingSettings, sample_latents
 from lora_kit.models import ModelBundle
 from lora_kit.training.conditions import Conditions
 from lora_kit.training.objective import Noised, Objective, wanted_prediction
-from lora_kit.training.validation.held_out import BATCH
+from lora_kit.training.validation.batches import measured_at_once
 
 DRIFT_PROMPTS = (
     "a photo of a dog on a beach",
@@ -82,7 +82,7 @@ def _predictions(prompts: tuple[str, ...], noised: Noised, bundle: ModelBundle, 
     each = len(noised.timesteps) // len(prompts)
     captions = [prompt for prompt in prompts for _ in range(each)]
     found: list[Tensor] = []
-    for rows in _rows(len(captions)):
+    for rows in _rows(len(captions), measured_at_once(*noised.noisy.shape[-2:])):
         part, condition = noised.rows(rows), conditions([captions[row] for row in rows])
         noisy, timesteps = part.noisy.to(bundle.device), part.timesteps.to(bundle.device)
         beside = None if part.beside is None else part.beside.to(bundle.device)
@@ -90,8 +90,8 @@ def _predictions(prompts: tuple[str, ...], noised: Noised, bundle: ModelBundle, 
     return torch.cat(found)
 
 
-def _rows(count: int) -> Iterator[list[int]]:
-    yield from (list(range(start, min(start + BATCH, count))) for start in range(0, count, BATCH))
+def _rows(count: int, at_once: int) -> Iterator[list[int]]:
+    yield from (list(range(start, min(start + at_once, count))) for start in range(0, count, at_once))
 
 
 def _draws(seed: int, prompt: int, count: int, shape: Sequence[int], timesteps: int) -> Draws:

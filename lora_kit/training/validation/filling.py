@@ -71,7 +71,7 @@ def _filled(run: Run, holes: Sequence[Hole], strength: float) -> list[Image.Imag
     """One by one: they may differ in size."""
     bundle, section = run.bundle, run.recipe.validation
     drawn: list[Image.Image] = []
-    with at_strength(run, strength), visiting(bundle.device, bundle.vae, bundle.text_encoder):
+    with at_strength(run, strength), visiting(bundle):
         for hole in holes:
             width, height = hole.inputs.image.size
             settings = replace(settings_of(run), width=width, height=height)

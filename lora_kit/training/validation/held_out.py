@@ -22,8 +22,7 @@ from lora_kit.training.objective import (
     sample_losses,
     wanted_prediction,
 )
-
-BATCH = 16
+from lora_kit.training.validation.batches import measured_at_once
 
 
 class MeasuredSet(NamedTuple):
@@ -69,12 +68,14 @@ def train_subset(training: TrainingSet, count: int, seed: int) -> tuple[int, ...
 
 
 def _batches(measured: MeasuredSet) -> Iterator[list[int]]:
-    """Places in `records`, those of one size together, at most BATCH of them."""
+    """Places in `records`, those of one size together, as many as are measured at once."""
     by_size: dict[Size, list[int]] = {}
     for place, record in enumerate(measured.records):
         by_size.setdefault(measured.pictures.places.sizes_of(record)[0], []).append(place)
-    for places in by_size.values():
-        yield from (places[start : start + BATCH] for start in range(0, len(places), BATCH))
+    factor = measured.pictures.latent_factor
+    for (width, height), places in by_size.items():
+        at_once = measured_at_once(height // factor, width // factor)
+        yield from (places[start : start + at_once] for start in range(0, len(places), at_once))
 
 
 def _draws(measured: MeasuredSet, place: int, shape: Sequence[int], timesteps: int) -> Draws:

@@ -157,7 +157,7 @@ def _drift_reference(run: Run) -> DriftReference | None:
         return None
     settings = settings_of(run, min(STEPS, section.steps))
     draws = (section.held_out_timesteps, section.seed)
-    with visiting(bundle.device, bundle.text_encoder):
+    with visiting(bundle, "text_encoder"):
         return drift_reference(prompts, run.learner.objective, bundle, run.learner.conditions, settings, draws)
 
 

@@ -101,7 +101,7 @@ def restored(run: Run, pairs: Sequence[Pair], strength: float) -> list[Image.Ima
     for index, pair in enumerate(pairs):
         by_size.setdefault(pair.original.size, []).append(index)
     found: dict[int, Image.Image] = {}
-    with at_strength(run, strength), visiting(run.bundle.device, *run.bundle.networks):
+    with at_strength(run, strength), visiting(run.bundle):
         for size, indices in by_size.items():
             inputs = [PictureInputs(pairs[index].given) for index in indices]
             count = len(inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from lora_kit.files import write_text
@@ -11,6 +12,7 @@ from lora_kit.training.checkpoints.state import Progress
 from lora_kit.training.folder import RunFolder
 from lora_kit.training.metrics import Metrics
 from lora_kit.training.objects import Run
+from lora_kit.training.prepared import visiting
 from lora_kit.training.validation.drawing import draw_at, draw_final, draw_step, save_picture
 from lora_kit.training.validation.figures import mean_saturation, retrieval
 from lora_kit.training.validation.filling import draw_filled
@@ -21,7 +23,7 @@ from lora_kit.training.validation.verdict import reason_to_stop, verdict
 
 def validate(run: Run, folder: RunFolder, metrics: Metrics, step: int, base: Base) -> Measured:
     """Draw the prompts into samples/step-….png, and measure and log what is to be measured."""
-    with run.average.applied():
+    with run.average.applied(), encoders_if_drawing(run):
         if run.recipe.validation.prompts:
             draw_step(run, folder, metrics, step)
         draw_filled(run, folder, metrics, step)
@@ -47,7 +49,7 @@ def finish(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress, st
     result |= verdict(progress)
     stopped = reason_to_stop(progress.history, section.early_stop)
     result |= {"stopped": stopped} if stopped and progress.step < run.recipe.train.max_steps else {}
-    with run.average.applied():
+    with run.average.applied(), encoders_if_drawing(run):
         if section.prompts:
             draw_final(run, folder, metrics, [int(entry["step"]) for entry in progress.history])
         if restores(run):
@@ -57,6 +59,13 @@ def finish(run: Run, folder: RunFolder, metrics: Metrics, progress: Progress, st
             result |= _style_and_subject(run, folder)
     write_text(folder.root / "result.json", json.dumps(result, indent=1) + "\n")
     return result
+
+
+def encoders_if_drawing(run: Run) -> AbstractContextManager[None]:
+    """The encoders at hand for a whole round, so that they are read once in it, however often it draws."""
+    section, family = run.recipe.validation, run.bundle.family
+    draws = section.prompts or section.retrieval or restores(run) or (family.sees_mask and run.held_out is not None)
+    return visiting(run.bundle) if draws else nullcontext()
 
 
 def _style_and_subject(run: Run, folder: RunFolder) -> dict[str, Any]:

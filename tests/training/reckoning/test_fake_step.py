@@ -17,8 +17,10 @@ from lora_kit.targeting.quantised import quantised_layers
 from lora_kit.training.build import build_run
 from lora_kit.training.objects import Run
 from lora_kit.training.probe import made_up, stand_in_data
-from lora_kit.training.reckoning.fake_step import Activations, micro_batch, reckon
+from lora_kit.training.reckoning.fake_step import Activations, reckon
 from lora_kit.training.reckoning.live_bytes import LiveBytes, saved_bytes
+from lora_kit.training.reckoning.scratch import cpu_scratch
+from lora_kit.training.sizes import micro_batch
 
 ALL = "targets={preset: all, rank: 4, text_encoder: true}"
 BF16 = "train.mixed_precision=bf16"
@@ -43,7 +45,7 @@ def _held(run: Run) -> Activations:
     weights = [value for network in bundle.networks for value in [*network.parameters(), *network.buffers()]]
     batch = made_up(run, run.accelerator)[0]
     condition: Any = run.learner.conditions(batch.captions)  # a frozen encoder's states are kept from here on
-    with LiveBytes(weights) as live:
+    with LiveBytes(weights, cpu_scratch) as live:
         mean: Any = batch.latent_mean
         noisy = mean + 1
         half = recipe.train.mixed_precision == "bf16"
