@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from lora_kit.errors import RecipeError
 
 
+_ROWS = 256
+
+
 class WeightError(NamedTuple):
     """How far quantised weights are from the true ones: sums over elements, so that layers add up."""
 
@@ -109,9 +112,14 @@ def true_weight(layer: nn.Module) -> Tensor:
 
 def error_of(layer: nn.Module, weight: Tensor) -> WeightError:
     """Of the quantised layer against the weight that it was made from."""
-    true = weight.detach().to(layer.weight.device).float()  # pyright: ignore[reportArgumentType, reportCallIssue]
-    error = (true_weight(layer) - true).double().square().sum()
-    return WeightError(float(error), float(true.double().square().sum()))
+    true = weight.detach().to(layer.weight.device)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    # By a few rows at a time: whole matrices in fp64 would be the most that a run of a large base holds.
+    pairs = zip(true_weight(layer).split(_ROWS), true.split(_ROWS), strict=True)
+    found = WeightError(0.0, 0.0)
+    for held, wanted in pairs:
+        wanted = wanted.double()
+        found += WeightError(float((held - wanted).square().sum()), float(wanted.square().sum()))
+    return found
 
 
 def held_bytes(layers: Iterable[nn.Module]) -> int:

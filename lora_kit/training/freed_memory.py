@@ -9,15 +9,17 @@ from functools import cache
 from typing import Any
 
 
-def give_back_freed() -> None:
-    """Give it back, after a stage of a run whose tensors were of other sizes than the next one's.
+def give_back_freed(*, collect: bool = True) -> None:
+    """Give it back, after a stage of a run whose tensors were of other sizes than the next one's. collect: first free
+    what only reference cycles hold, which takes a tenth of a second.
 
     glibc keeps what lies between blocks that are in use for blocks to come (mallopt(3), malloc_trim(3)), which then
     stays resident beside those that do not fit in. Takes milliseconds. Other C libraries are left alone.
     """
     trim = _malloc_trim()
     if trim is not None:
-        gc.collect()  # tensors in reference cycles are not freed before
+        if collect:
+            gc.collect()
         trim(0)
 
 

@@ -17,6 +17,7 @@ from lora_kit.models.quantise import WeightError, error_of, held_bytes, quantise
 from lora_kit.recipe import Recipe
 from lora_kit.targeting.quantised import Quantised
 from lora_kit.training.conditions import Conditions
+from lora_kit.training.freed_memory import give_back_freed
 from lora_kit.training.objective import build_objective
 from lora_kit.training.prepared import PreparedData, place_networks
 from lora_kit.training.validation.held_out import MeasuredSet, draw_losses
@@ -115,6 +116,7 @@ def quantise_base(
         after += held_bytes([made])
         put_module(components, module.name, stacked(lora, delta, made))
         forget(base)  # its file stays mapped as long as any other weight of it lives
+        give_back_freed(collect=False)
     return QuantisedBase(plan.kind, len(plan.modules), before, after, whole, errors, exact)
 
 
