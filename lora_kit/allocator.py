@@ -9,7 +9,9 @@ processor time of a step at SD 1.5's size and 256 px (docs/benchmarks/step.md).
 from __future__ import annotations
 
 import ctypes
+import gc
 from collections.abc import Callable
+from functools import cache
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT = 2**27
@@ -22,15 +24,30 @@ def keep_freed_blocks() -> bool:
     """Let glibc serve blocks below 128 MiB from its heap, and keep what is freed there; whether that was possible.
 
     Holds for the whole process, so it is for commands and not for a library call. No number changes by it. What is
-    kept goes back to the system by malloc_trim(3). Elsewhere than with glibc this does nothing.
+    kept goes back to the system by `give_back_freed`. Other C libraries are left alone.
     """
-    mallopt = _mallopt()
+    mallopt = _function("mallopt")
     return mallopt is not None and bool(mallopt(_M_MMAP_THRESHOLD, _KEPT) and mallopt(_M_TRIM_THRESHOLD, _NEVER))
 
 
-def _mallopt() -> Callable[[int, int], int] | None:
-    """glibc's; musl and macOS have none, and Windows' C library cannot be opened without a name."""
+def give_back_freed(*, collect: bool = True) -> None:
+    """Give freed memory back to the system, after a stage of a run whose tensors were of other sizes than the next
+    one's: else it stays resident beside those that do not fit in (malloc_trim(3)).
+
+    Takes milliseconds. collect: first free what only reference cycles hold, which takes a tenth of a second. Other C
+    libraries are left alone.
+    """
+    trim = _function("malloc_trim")
+    if trim is not None:
+        if collect:
+            gc.collect()
+        trim(0)
+
+
+@cache
+def _function(name: str) -> Callable[..., int] | None:
+    """glibc's; musl and macOS have none of these, and Windows' C library cannot be opened without a name."""
     try:
-        return ctypes.CDLL(None).mallopt
+        return getattr(ctypes.CDLL(None), name)
     except (AttributeError, OSError, TypeError):
         return None

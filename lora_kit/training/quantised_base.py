@@ -11,13 +11,13 @@ from torch import nn
 
 from lora_kit.adapters.layers import live_layer, stacked
 from lora_kit.adapters.places import module_at, put_module
+from lora_kit.allocator import give_back_freed
 from lora_kit.models import ModelBundle
 from lora_kit.models.mapped import forget
 from lora_kit.models.quantise import WeightError, error_of, held_bytes, quantised
 from lora_kit.recipe import Recipe
 from lora_kit.targeting.quantised import Quantised
 from lora_kit.training.conditions import Conditions
-from lora_kit.training.freed_memory import give_back_freed
 from lora_kit.training.objective import build_objective
 from lora_kit.training.prepared import PreparedData, place_networks
 from lora_kit.training.validation.held_out import MeasuredSet, draw_losses

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from lora_kit.allocator import give_back_freed
 from lora_kit.data import make_loader
 from lora_kit.files import write_text
 from lora_kit.models.attention import check_attention
@@ -21,7 +22,6 @@ from lora_kit.training.checkpoints.state import Progress
 from lora_kit.training.compiling import check_compile
 from lora_kit.training.finish import Outcome, finish_run
 from lora_kit.training.folder import RunFolder, prepare_folder
-from lora_kit.training.freed_memory import give_back_freed
 from lora_kit.training.metrics import Metrics, NoMetrics
 from lora_kit.training.objects import Run
 from lora_kit.training.one_step import Steps, is_due, take_step

@@ -5,11 +5,15 @@
 
 Random weights of the published config; latents and text states at hand; rank 16; clipping, AdamW, fp16's loss scale.
 
-`plain`: diffusers' example with PEFT's `add_adapter`, the U-Net held in the precision, autocast. `eager`: lora_kit's
-layers, channels last. `xformers`: the same with that attention. `compiled`: the same as `train.compile` does it.
-`checkpointed`: eager, with gradient checkpointing. Seconds are medians of `--rounds` steps, each waited for; peak
-memory is what torch allocated at most in a step, weights and optimizer included. `compiling` is the first step. What
-does not fit the GPU or is not installed says so in its row.
+`plain`: diffusers' example with PEFT's `add_adapter`, the U-Net held in the precision, autocast, the loss read every
+step. `eager`: lora_kit's layers, channels last, each step read once the next one's passes are queued, as a run does it.
+`waiting`: eager, each step read at once, as a run does it with fp16, with several processes and with other optimizers
+than fused Adam. `xformers`: eager with that attention. `compiled`: eager as `train.compile` has it. `checkpointed`:
+eager, with gradient checkpointing. In fp16 all wait.
+
+Seconds a step are medians over three rows of `--rounds` steps, of which only the whole row is waited for; peak memory
+is what torch allocated at most, weights and optimizer included. `compiling` is the first step, which makes the
+optimizer's state too. What does not fit the GPU or is not installed says so in its row.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ import argparse
 import gc
 import statistics
 import time
+from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +37,7 @@ from lora_kit.models.attention import use_attention
 from lora_kit.recipe import PresetRules
 from lora_kit.targeting import make_plan, module_tree
 from lora_kit.training.compiling import check_device, compile_network
+from lora_kit.training.late import HostCopy
 from lora_kit.training.peak_memory import peak_memory, reset_peak
 
 CONFIG: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
@@ -44,7 +51,9 @@ TOY: dict[str, Any] = {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
 }
-VARIANTS = ("plain", "eager", "xformers", "compiled", "checkpointed")
+VARIANTS = ("plain", "eager", "waiting", "xformers", "compiled", "checkpointed")
+WAITING = {"plain", "waiting"}
+ROWS = 3
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -72,15 +81,19 @@ def main() -> None:
     print(f"{_named(device)}, torch {torch.__version__}; {'a toy network' if options.quick else 'SD 1.5, 512 px'}\n")
     print("| precision | batch | | step, s | pictures a second | of plain | peak MB | compiling, s |")
     print("|---|---|---|---|---|---|---|---|")
-    for precision in options.precisions.split(","):
-        for batch in map(int, options.batches.split(",")):
-            plain: float | None = None
-            for variant in options.only.split(","):
-                case = Case(variant, precision, batch)
-                found = _tried(case, options, device)
-                if isinstance(found, Measured) and variant == "plain":
-                    plain = found.seconds
-                print(_row(case, found, plain), flush=True)
+    plain = dict[tuple[str, int], float]()
+    for case in _cases(options):
+        found = _tried(case, options, device)
+        if isinstance(found, Measured) and case.variant == "plain":
+            plain[case.precision, case.batch] = found.seconds
+        print(_row(case, found, plain.get((case.precision, case.batch))), flush=True)
+
+
+def _cases(options: argparse.Namespace) -> Iterator[Case]:
+    batches = map(int, options.batches.split(","))
+    for precision, batch, variant in product(options.precisions.split(","), batches, options.only.split(",")):
+        if (precision, variant) != ("fp16", "waiting"):  # eager is that already
+            yield Case(variant, precision, batch)
 
 
 def _tried(case: Case, options: argparse.Namespace, device: torch.device) -> Measured | str:
@@ -99,33 +112,55 @@ def _tried(case: Case, options: argparse.Namespace, device: torch.device) -> Mea
 
 
 def measure(case: Case, options: argparse.Namespace, device: torch.device) -> Measured:
-    """Build the network, warm up with two steps, and time `rounds` more."""
+    """Build the network, warm up with two steps, and time three rows of `rounds` more."""
+    step = _step(case, options, device)
+    first = _timed(step, 1, device)
+    step()
+    reset_peak(device)
+    seconds = [_timed(step, options.rounds, device) for _ in range(ROWS)]
+    return Measured(statistics.median(seconds), first, peak_memory(device))
+
+
+def _timed(step: Callable[[], None], count: int, device: torch.device) -> float:
+    """Seconds of each of `count` steps in a row."""
+    _wait(device)
+    began = time.perf_counter()
+    for _ in range(count):
+        step()
+    _wait(device)
+    return (time.perf_counter() - began) / count
+
+
+def _step(case: Case, options: argparse.Namespace, device: torch.device) -> Callable[[], None]:
+    """One optimizer step of the case."""
     network = _network(case, options, device)
     trainable = [weight for weight in network.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=1e-5, fused=True)
+    optimizer: Any = torch.optim.AdamW(trainable, lr=1e-5, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=case.precision == "fp16" and device.type == "cuda")
     inputs = _inputs(case, network, device)
+    unread = list[HostCopy]()
+    waits = case.variant in WAITING or case.precision == "fp16"
 
-    def step() -> float:
-        _wait(device)
-        began = time.perf_counter()
+    def step() -> None:
         with torch.autocast(device.type, DTYPES[case.precision]):
             predicted = network(*inputs[:3]).sample
         loss = (predicted.float() - inputs[3]).square().mean()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-        scaler.step(optimizer)
-        scaler.update()
+        norm = torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        if waits:
+            loss.item()
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            while unread:
+                unread.pop().read()
+            optimizer.found_inf = (loss.isfinite() & norm.isfinite()).logical_not().float()
+            optimizer.step()
+            unread.append(HostCopy(torch.stack([loss.detach(), norm])))
         optimizer.zero_grad(set_to_none=True)
-        _wait(device)
-        return time.perf_counter() - began
 
-    first = step()
-    step()
-    reset_peak(device)
-    seconds = [step() for _ in range(options.rounds)]
-    return Measured(statistics.median(seconds), first, peak_memory(device))
+    return step
 
 
 def _network(case: Case, options: argparse.Namespace, device: torch.device) -> Any:

@@ -33,6 +33,7 @@ def test_every_variant_has_a_row_and_what_cannot_be_had_says_why(gpu, monkeypatc
     assert {len(row) for row in rows} == {8}
     cases = [(row[1], row[2]) for row in rows[2:]]
     assert cases == [(batch, variant) for batch in ("1", "2") for variant in gpu.VARIANTS]
+    assert "waiting" in gpu.VARIANTS
     for row in rows[2:]:
         if row[2] == "xformers":
             assert "xformers" in row[3]

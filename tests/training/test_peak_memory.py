@@ -15,7 +15,7 @@ from lora_kit.training.peak_memory import RunPeak
 
 FRAGMENTS = """
 import torch
-from lora_kit.training.freed_memory import give_back_freed
+from lora_kit.allocator import give_back_freed
 from lora_kit.training.peak_memory import resident_memory
 blocks = [torch.ones(8192) for _ in range(4000)]  # 32 KiB each: of the heap, not mapped by themselves
 held = blocks[::100]  # keeps the heap's end where it is

@@ -59,15 +59,16 @@ def _measured(tree: dict[str, Any]) -> int:
     """In the process of its own."""
     import torch
 
+    from lora_kit.allocator import give_back_freed, keep_freed_blocks
     from lora_kit.models.released import RELEASED, release
     from lora_kit.recipe import Recipe
     from lora_kit.training.build import build_run
-    from lora_kit.training.freed_memory import give_back_freed
     from lora_kit.training.peak_memory import resident_memory
     from lora_kit.training.probe import made_up, stand_in_data
     from lora_kit.training.processes.launch import build_accelerator
     from lora_kit.training.step import training_step
 
+    keep_freed_blocks()  # as `lora-kit train` does
     recipe = Recipe.model_validate(tree)
     accelerator = build_accelerator(recipe)
     assert accelerator.device == torch.device("cpu"), "a GPU's tensors are counted without the libraries"
@@ -92,6 +93,6 @@ def _tensors(run: Run) -> int:
 
 
 if __name__ == "__main__":
-    import lora_kit.training.run  # noqa: F401 (all that a run imports)
+    import lora_kit.training.run  # noqa: F401 (all that a run imports)  # pyright: ignore[reportUnusedImport]
 
     sys.stdout.write(f"{_measured(json.loads(sys.argv[1]))}\n")

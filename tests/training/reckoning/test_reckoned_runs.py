@@ -28,7 +28,7 @@ def test_the_quickstart_takes_what_is_reckoned_within_15_percent(tmp_path: Path)
 
 SCRATCH = """
 import torch
-from lora_kit.training.freed_memory import give_back_freed
+from lora_kit.allocator import give_back_freed
 from lora_kit.training.peak_memory import peak_memory, reset_peak, resident_memory
 from lora_kit.training.reckoning.live_bytes import LiveBytes
 from lora_kit.training.reckoning.scratch import cpu_scratch
