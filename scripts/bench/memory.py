@@ -108,7 +108,7 @@ def _line(row: Row, place: Path) -> str:
 
 
 def _trained(recipe: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """Peaks and CPU seconds of a step of a run, in this process, which is set up as `lora-kit train` sets up its own."""
+    """Peaks and CPU seconds of a step of a run, in this process, set up as `lora-kit train` sets up its own."""
     from lora_kit.allocator import keep_freed_blocks
     from lora_kit.cli.quick_imports import quick_imports, uses_bitsandbytes
     from lora_kit.recipe import load_recipe
