@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from lora_kit.errors import RecipeError
 
-
 _ROWS = 256
 
 
