@@ -63,10 +63,7 @@ class DiffusersBase:
     def text_encoder(self, dtype: torch.dtype) -> TextModel:
         """As in Layout."""
         kind = CLASSES[self._parts["text_encoder"].classes[0]][1]
-        stored = self.stored_dtype("text_encoder", "model") or dtype
-        network = self._network(kind, "text_encoder", dtype=stored)  # cast afterwards, as `_cast_network` says
-        to_dtype(network, dtype)
-        return without_dropout(network)
+        return without_dropout(self._network(kind, "text_encoder", dtype=dtype))
 
     def tokenizer(self) -> Tokenizer:
         """As in Layout."""
@@ -101,12 +98,12 @@ class DiffusersBase:
         to_dtype(network, dtype)
         return network
 
-    def stored_dtype(self, part: str, stem: str = "diffusion_pytorch_model") -> torch.dtype | None:
+    def stored_dtype(self, part: str) -> torch.dtype | None:
         """The one precision of a part's file here; None where there are several, or it is not so simple."""
         if not isinstance(self._where, Path):
             return None
         variant = f".{self._section.variant}" if self._section.variant else ""
-        path = self._where / self._parts[part].folder / f"{stem}{variant}.safetensors"
+        path = self._where / self._parts[part].folder / f"diffusion_pytorch_model{variant}.safetensors"
         if not path.is_file():
             return None
         with self._reading(part), safe_open(path, framework="pt") as file:

@@ -13,8 +13,9 @@ _CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_
 
 def cpu_scratch(func: Any, args: Sequence[Any], made: Any) -> int:
     """Bytes, by rules that were measured (resident memory of single operations in fp32 and bf16, torch 2.13 with
-    oneDNN): a convolution's weight is laid out anew for the time of the product, forward and back; so is its input,
-    unless it lies in channels-last memory. Linear layers, norms and attention take next to nothing."""
+    oneDNN): a convolution's weight is laid out anew for the time of the product, forward and back; unless
+    they lie in channels-last memory, so are input and output (the most that was seen: sometimes one of them is not).
+    Linear layers, norms and attention take next to nothing."""
     if func not in _CONVOLUTIONS:
         return 0
     is_back = func is _CONVOLUTIONS[1]
@@ -22,7 +23,8 @@ def cpu_scratch(func: Any, args: Sequence[Any], made: Any) -> int:
     weight: Tensor = args[2] if is_back else args[1]
     scratch = _size(weight)
     if not x.is_contiguous(memory_format=torch.channels_last) or x.is_contiguous():
-        scratch += _size(x)
+        outputs = made if isinstance(made, tuple) else (made,)
+        scratch += _size(x) + sum(_size(one) for one in outputs[:1] if isinstance(one, Tensor))
     return scratch
 
 

@@ -46,7 +46,6 @@ def shown(dtype, layout, outputs, inputs, side):
     print(live.peak, taken)
 shown(torch.float32, torch.channels_last, 1280, 1280, 8)
 shown(torch.bfloat16, torch.channels_last, 1280, 2560, 4)
-shown(torch.float32, torch.contiguous_format, 128, 128, 192)
 """
 
 
@@ -58,7 +57,7 @@ def test_a_convolution_takes_what_is_reckoned_of_its_scratch() -> None:
     for line in done.stdout.splitlines():
         reckoned, taken = map(int, line.split())
         assert reckoned == pytest.approx(taken, rel=0.1), done.stdout
-    assert len(done.stdout.splitlines()) == 3
+    assert len(done.stdout.splitlines()) == 2
 
 
 def _run(command: str, *options: str) -> subprocess.CompletedProcess[str]:
