@@ -125,6 +125,7 @@ def put_there(run: Run) -> Run:
             network.to(META)
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
+    run.bundle.recall = None  # else what lies there would be taken for given back
     _to_meta(vars(run.average)["_model"].shadow_params if run.average.is_moving else [])
     return run._replace(learner=run.learner._replace(reads_late=READS_LATE))
 

@@ -25,9 +25,10 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool]]:
     found: list[tuple[bool, bool]] = []
     step = runs.take_step
 
-    def watched(run: Any, *arguments: Any, **options: Any) -> Any:
-        done = step(run, *arguments, **options)
-        found.append((is_released(run.bundle.vae), is_released(run.bundle.text_encoder)))
+    def watched(steps: Any, *arguments: Any, **options: Any) -> Any:
+        done = step(steps, *arguments, **options)
+        bundle = steps.run.bundle
+        found.append((is_released(bundle.vae), is_released(bundle.text_encoder)))
         return done
 
     monkeypatch.setattr(runs, "take_step", watched)
