@@ -1,9 +1,8 @@
 """How this process gets memory from the system: large blocks are kept for the next tensor of their size.
 
 glibc maps every block above 32 MiB (M_MMAP_THRESHOLD's dynamic limit, mallopt(3)) and unmaps it when it is freed. A
-training step on a CPU makes many such blocks and drops them at once: a convolution of 2560 channels copies its 59 MiB
-of bf16 weight into oneDNN's layout in every call. Each time the kernel has to zero fresh pages, which took 14 % of the
-processor time of a step at SD 1.5's size and 256 px (docs/benchmarks/step.md).
+training step on a CPU makes many such blocks and drops them at once: a convolution of 2560 channels copies its 56 MiB
+of bf16 weight into oneDNN's layout in every call, and each time the kernel has to zero fresh pages (docs/benchmarks/step.md).
 """
 
 from __future__ import annotations
