@@ -2,7 +2,8 @@
 
 glibc maps every block above 32 MiB (M_MMAP_THRESHOLD's dynamic limit, mallopt(3)) and unmaps it when it is freed. A
 training step on a CPU makes many such blocks and drops them at once: a convolution of 2560 channels copies its 56 MiB
-of bf16 weight into oneDNN's layout in every call, and each time the kernel has to zero fresh pages (docs/benchmarks/step.md).
+of bf16 weight into oneDNN's layout in every call, and each time the kernel has to zero fresh pages
+(docs/benchmarks/step.md).
 """
 
 from __future__ import annotations
