@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Callable
@@ -29,6 +30,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # other workers beside this one: a core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 else:
     torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def pytest_runtestloop() -> None:
+    """What was imported is no work for the collector, as in a command (cli/quick_imports.py): runs collect between
+    their stages, which took more than half of the time of tests that train."""
+    gc.freeze()
 
 
 def _small_pipeline(version: int, fills_masks: bool = False) -> Any:
