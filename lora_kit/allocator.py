@@ -1,23 +1,37 @@
-"""How this process gets memory from the system: large blocks are kept for the next tensor of their size.
+"""How this process gets memory from the system: what a step frees is kept for the next tensor of its size, and what
+lasts lies apart from that.
 
 glibc maps every block above 32 MiB (M_MMAP_THRESHOLD's dynamic limit, mallopt(3)) and unmaps it when it is freed. A
 training step on a CPU makes many such blocks and drops them at once: a convolution of 2560 channels copies its 56 MiB
 of bf16 weight into oneDNN's layout in every call, and each time the kernel has to zero fresh pages
 (docs/benchmarks/step.md).
+
+Kept in one heap with them, weights would stand between gaps: those of what they were cast or quantised from. Every
+block looks for the gap that fits it best, so that steps come to use nearly all of them, and all stay resident
+(docs/benchmarks/memory.md).
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from functools import cache
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT = 2**27
 """128 MiB: the largest weight of SD 1 and 2 is 112 MiB in fp32. Above it lie activations of large pictures, which few
 other tensors could follow in: kept, they would stand beside the memory that those take."""
+_APART = 2**17  # glibc's own threshold at a process's start
 _NEVER = 2**31 - 1  # mallopt takes an int
+
+
+class _Kept:
+    """Whether this process keeps freed blocks, and how many `pages_of_their_own` it is within."""
+
+    blocks = False
+    apart = 0
 
 
 def keep_freed_blocks() -> bool:
@@ -27,7 +41,28 @@ def keep_freed_blocks() -> bool:
     kept goes back to the system by `give_back_freed`. Other C libraries are left alone.
     """
     mallopt = _function("mallopt")
-    return mallopt is not None and bool(mallopt(_M_MMAP_THRESHOLD, _KEPT) and mallopt(_M_TRIM_THRESHOLD, _NEVER))
+    _Kept.blocks = mallopt is not None and bool(
+        mallopt(_M_MMAP_THRESHOLD, _KEPT) and mallopt(_M_TRIM_THRESHOLD, _NEVER)
+    )
+    return _Kept.blocks
+
+
+@contextmanager
+def pages_of_their_own() -> Generator[None]:
+    """While weights are made, which last: each block from 128 KiB gets pages of its own, and one that is freed leaves
+    no gap. Where freed blocks are not kept, nothing changes. Also a decorator."""
+    mallopt = _function("mallopt") if _Kept.blocks else None
+    if mallopt is None:
+        yield
+        return
+    _Kept.apart += 1
+    mallopt(_M_MMAP_THRESHOLD, _APART)
+    try:
+        yield
+    finally:
+        _Kept.apart -= 1
+        if not _Kept.apart:
+            mallopt(_M_MMAP_THRESHOLD, _KEPT)
 
 
 def give_back_freed(*, collect: bool = True) -> None:

@@ -10,7 +10,7 @@ and numbers are PEFT's; whatever else a PEFT layer may be asked for goes to PEFT
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from peft.tuners.lora import Conv2d, Linear
@@ -19,10 +19,22 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 
+class FewBits(Protocol):
+    """A quantised layer (lora_kit/models/quantise.py), whose weight is there only while it computes."""
+
+    def times(self, x: Tensor) -> Tensor:
+        """x Wᵀ + b, without autograd."""
+        ...
+
+    def times_transposed(self, dy: Tensor) -> Tensor:
+        """dy W, likewise."""
+        ...
+
+
 class Plain(NamedTuple):
     """What one active adapter over a frozen layer is computed from."""
 
-    weight: Tensor
+    weight: Tensor | FewBits
     bias: Tensor | None
     down: Tensor
     """[r, in, …], fp32 as a rule, whatever the base's precision."""
@@ -79,7 +91,8 @@ def _is_usual(conv: nn.Conv2d) -> bool:
 def _plain(layer: Any, kind: Any) -> Plain | None:
     """The layer's one active adapter, if it is no more than two factors over a frozen module of class `kind`."""
     base: Any = layer.base_layer
-    if type(base) is not kind or layer.disable_adapters or layer.merged or layer.lora_variant:
+    is_few_bits = kind is nn.Linear and hasattr(base, "times_transposed")
+    if not (type(base) is kind or is_few_bits) or layer.disable_adapters or layer.merged or layer.lora_variant:
         return None
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(active) != 1 or base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
@@ -89,7 +102,7 @@ def _plain(layer: Any, kind: Any) -> Plain | None:
     drops = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
     if drops or up.bias is not None or any(_is_hooked(part) for part in (base, down, up)):
         return None
-    return Plain(base.weight, base.bias, down.weight, up.weight, float(layer.scaling[name]))
+    return Plain(base if is_few_bits else base.weight, base.bias, down.weight, up.weight, float(layer.scaling[name]))
 
 
 def _is_hooked(module: nn.Module) -> bool:
@@ -102,11 +115,11 @@ def _common_dtype(x: Tensor, plain: Plain | None) -> torch.dtype | None:
     """The one precision that all is computed in: autocast's, or the one that all have; None where there is none."""
     if plain is None:
         return None
-    device = x.device.type
+    device, held = x.device.type, plain.weight.dtype if isinstance(plain.weight, Tensor) else None
     if torch.is_autocast_enabled(device):
         wanted = torch.get_autocast_dtype(device)
-        return wanted if plain.weight.dtype == wanted else None  # a base in another precision: autocast keeps its cast
-    return x.dtype if {x.dtype} == {plain.weight.dtype, plain.down.dtype, plain.up.dtype} else None
+        return wanted if held in (None, wanted) else None  # a base in another precision: autocast keeps its cast
+    return x.dtype if {x.dtype} == {held or x.dtype, plain.down.dtype, plain.up.dtype} else None
 
 
 class _Linear(torch.autograd.Function):
@@ -114,14 +127,15 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
+        ctx: Any, x: Tensor, weight: Tensor | FewBits, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
     ) -> Tensor:
         ctx.scale, ctx.precision = scale, down.dtype
         down, up = down.to(x.dtype), up.to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            y = functional.linear(x, weight, bias)
+            y = functional.linear(x, weight, bias) if isinstance(weight, Tensor) else weight.times(x)
             inner = x.reshape(-1, x.shape[-1]) @ down.t()
             y.view(-1, y.shape[-1]).addmm_(inner, up.t(), alpha=scale)
+        ctx.layer, weight = (None, weight) if isinstance(weight, Tensor) else (weight, None)
         ctx.save_for_backward(x, weight, down, up, inner)
         return y
 
@@ -137,7 +151,8 @@ class _Linear(torch.autograd.Function):
             d_down = (d_inner.t() @ x.reshape(-1, x.shape[-1])).to(ctx.precision) if needs[3] else None
             dx = None
             if needs[0]:
-                dx = (rows @ weight).addmm_(d_inner, down).view(x.shape)
+                dx = rows @ weight if weight is not None else ctx.layer.times_transposed(rows)
+                dx = dx.addmm_(d_inner, down).view(x.shape)
         return dx, None, None, d_down, d_up, None
 
 

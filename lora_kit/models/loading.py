@@ -11,6 +11,7 @@ from typing import Any, cast, get_args
 import torch
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig
 
+from lora_kit.allocator import pages_of_their_own
 from lora_kit.errors import ModelError
 from lora_kit.models import tokenizers
 from lora_kit.models.attention import use_attention
@@ -34,6 +35,7 @@ TINY_FOLDER = Path(__file__).parent.parent / "assets" / "tiny_base"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
+@pages_of_their_own()
 def load_bundle(
     section: ModelSection,
     dtype: torch.dtype = torch.float32,

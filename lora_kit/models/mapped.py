@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lora_kit.allocator import pages_of_their_own
+
 _MAPS = Path("/proc/self/maps")
 
 
@@ -25,6 +27,7 @@ class _Range(NamedTuple):
     end: int
 
 
+@pages_of_their_own()
 def rewrite(network: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
     """Put `change(weight)` in the place of every parameter, one after the other, and give back the mapped pages of the
     one that it replaces: no more than one is held twice. Parameter objects stay."""

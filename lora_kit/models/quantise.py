@@ -1,7 +1,8 @@
-"""A frozen base in few bits: linear layers' weights held by bitsandbytes, one after the other.
+"""A frozen base in few bits: linear layers' weights held by bitsandbytes, one after the other, and dequantised for
+each product.
 
 nf4: Dettmers et al. 2023, "QLoRA", with double quantisation. int8: Dettmers et al. 2022, "LLM.int8()", without an
-outlier part; on CUDA it rounds the layers' inputs to 8 bits, too.
+outlier part, and of the weights alone: inputs are not rounded.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lora_kit.errors import RecipeError
 
@@ -31,6 +33,61 @@ class WeightError(NamedTuple):
     def relative(self) -> float:
         """Root mean square of the error over that of the weights."""
         return math.sqrt(self.squared_error / self.squared_weight) if self.squared_weight else 0.0
+
+
+class FewBitsLinear(nn.Linear):
+    """A frozen linear layer whose weight bitsandbytes holds; it is there in full only while a product is computed.
+
+    bitsandbytes' own layers compute so, too, but keep their input for the backward pass, which does not need it. What
+    a product makes lies in memory before the dequantised weight does, so that this leaves no gap between activations.
+    """
+
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in] that is stood for."""
+        import bitsandbytes.functional as functional
+
+        weight = cast(Any, self.weight)
+        state = getattr(weight, "quant_state", None)
+        if state is not None:
+            return cast(Any, functional).dequantize_4bit(weight.data, state).to(dtype)
+        return weight.data.to(dtype).mul_(weight.SCB[:, None].mul(1 / 127))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x [..., in] → [..., out]."""
+        kind = input.device.type
+        if torch.is_autocast_enabled(kind):
+            input = input.to(torch.get_autocast_dtype(kind))
+        return cast(Tensor, _Product.apply(input, self))
+
+    def times(self, x: Tensor) -> Tensor:
+        """x Wᵀ + b, [..., in] → [..., out], without autograd."""
+        rows = x.reshape(-1, x.shape[-1])
+        y = rows.new_empty(len(rows), self.out_features)
+        bias = cast("Tensor | None", self.bias)
+        with torch.autocast(x.device.type, enabled=False):
+            weight = self.dequantised(x.dtype).t()
+            torch.mm(rows, weight, out=y) if bias is None else torch.addmm(bias.to(x.dtype), rows, weight, out=y)
+        return y.view(*x.shape[:-1], -1)
+
+    def times_transposed(self, dy: Tensor) -> Tensor:
+        """dy W, [..., out] → [..., in], without autograd."""
+        rows = dy.reshape(-1, dy.shape[-1])
+        dx = rows.new_empty(len(rows), self.in_features)
+        with torch.autocast(dy.device.type, enabled=False):
+            torch.mm(rows, self.dequantised(dy.dtype), out=dx)
+        return dx.view(*dy.shape[:-1], -1)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: FewBitsLinear) -> Tensor:
+        ctx.layer = layer
+        return layer.times(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return ctx.layer.times_transposed(dy), None
 
 
 def check_quantise(kind: str, device: torch.device, sharded: bool = False) -> None:
@@ -61,10 +118,10 @@ def check_quantise(kind: str, device: torch.device, sharded: bool = False) -> No
         ) from error
 
 
-def quantised(linear: nn.Linear, kind: str, device: torch.device) -> nn.Linear:
-    """A frozen bitsandbytes layer on `device` with the weights of `linear` in `kind` (`nf4`, `int8`) and its bias.
+def quantised(linear: nn.Linear, kind: str, device: torch.device) -> FewBitsLinear:
+    """A frozen layer on `device` with the weights of `linear` in `kind` (`nf4`, `int8`) and its bias.
 
-    It computes in the weights' precision, and gives its input's gradient. `linear` is left as it is.
+    It computes in its input's precision, and gives its input's gradient. `linear` is left as it is.
     """
     import bitsandbytes as bnb
 
@@ -72,48 +129,22 @@ def quantised(linear: nn.Linear, kind: str, device: torch.device) -> nn.Linear:
     weight = linear.weight.detach()
     shape = (linear.in_features, linear.out_features)
     with torch.device("meta"):  # the layer's own weights are neither drawn nor held
-        if kind == "nf4":
-            made = own.Linear4bit(*shape, bias=False, compute_dtype=weight.dtype, quant_type="nf4")
-        else:
-            made = own.Linear8bitLt(*shape, bias=False, has_fp16_weights=False, threshold=0.0)
+        made = FewBitsLinear(*shape, bias=False)
     if kind == "nf4":
-        made.support_avx512bf16_for_cpu = False  # repacks the weights at the first look at pictures: other roundings
-        made.weight = own.Params4bit(weight, requires_grad=False, quant_type="nf4", module=made)
+        made.weight = own.Params4bit(weight, requires_grad=False, quant_type="nf4")
     else:
         made.weight = own.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     if cast("nn.Parameter | None", linear.bias) is not None:
         made.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
     made.to(device)  # bitsandbytes quantises when its weight is moved
-    made.register_forward_pre_hook(_as_autocast)
-    made.train(linear.training)
-    return cast("nn.Linear", made)
+    return made.train(linear.training)
 
 
-def _as_autocast(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What autocast does to a plain layer's input. bitsandbytes gives its outputs in the input's precision instead, and
-    an fp32 one does not fit the bf16 norm that follows."""
-    x = cast(Tensor, inputs[0])
-    kind = x.device.type
-    return (x.to(torch.get_autocast_dtype(kind)), *inputs[1:]) if torch.is_autocast_enabled(kind) else inputs
-
-
-def true_weight(layer: nn.Module) -> Tensor:
-    """The fp32 weight [out, in] that a quantised layer stands for."""
-    import bitsandbytes.functional as functional
-
-    weight = cast(Any, layer.weight)
-    state = getattr(weight, "quant_state", None)
-    if state is not None:
-        return cast(Any, functional).dequantize_4bit(weight.data, state).float()
-    scales = weight.SCB if weight.SCB is not None else cast(Any, layer).state.SCB
-    return weight.data.float() * (scales.float()[:, None] / 127)
-
-
-def error_of(layer: nn.Module, weight: Tensor) -> WeightError:
+def error_of(layer: FewBitsLinear, weight: Tensor) -> WeightError:
     """Of the quantised layer against the weight that it was made from."""
-    true = weight.detach().to(layer.weight.device)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    true = weight.detach().to(layer.weight.device)
     # By a few rows at a time: whole matrices in fp64 would be the most that a run of a large base holds.
-    pairs = zip(true_weight(layer).split(_ROWS), true.split(_ROWS), strict=True)
+    pairs = zip(layer.dequantised(torch.float32).split(_ROWS), true.split(_ROWS), strict=True)
     found = WeightError(0.0, 0.0)
     for held, wanted in pairs:
         wanted = wanted.double()
@@ -121,18 +152,18 @@ def error_of(layer: nn.Module, weight: Tensor) -> WeightError:
     return found
 
 
-def held_bytes(layers: Iterable[nn.Module]) -> int:
+def held_bytes(layers: Iterable[FewBitsLinear]) -> int:
     """Bytes of quantised layers' weights with their scales and tables, each storage once."""
     sizes = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in _parts(layers)}
     return sum(sizes.values())
 
 
-def _parts(layers: Iterable[nn.Module]) -> Iterator[Tensor]:
+def _parts(layers: Iterable[FewBitsLinear]) -> Iterator[Tensor]:
     for layer in layers:
         weight = cast(Any, layer.weight)
         yield weight.data
         state = getattr(weight, "quant_state", None)
         if state is None:
-            yield weight.SCB if weight.SCB is not None else cast(Any, layer).state.SCB
+            yield weight.SCB
             continue
         yield from (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)

@@ -10,6 +10,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 
+from lora_kit.allocator import pages_of_their_own
 from lora_kit.errors import ModelError
 from lora_kit.models.attention import use_attention
 from lora_kit.models.loading import TINY, TINY_FOLDER, fresh_text_encoder, open_layout
@@ -30,6 +31,7 @@ class Recall:
         """Whether the base's files are all on this machine."""
         return self._place is not None
 
+    @pages_of_their_own()
     def __call__(self, name: str) -> nn.Module:
         """The network (`vae`, `text_encoder`), on the CPU. Raises ModelError if the files are no longer those it was
         read from."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_kit.adapters.layers import live_layer, stacked
 from lora_kit.adapters.places import module_at, put_module
-from lora_kit.allocator import give_back_freed
+from lora_kit.allocator import give_back_freed, pages_of_their_own
 from lora_kit.models import ModelBundle
 from lora_kit.models.mapped import forget
 from lora_kit.models.quantise import WeightError, error_of, held_bytes, quantised
@@ -91,6 +91,7 @@ def exact_losses(
     return means(losses.tolist())
 
 
+@pages_of_their_own()
 def quantise_base(
     components: Mapping[str, nn.Module], plan: Quantised, device: torch.device, exact: Sequence[float] = ()
 ) -> QuantisedBase:

@@ -1,11 +1,11 @@
 """What `lora-kit plan --memory` reckons against what runs take, and what each way of saving memory saves and costs.
 
-    python scripts/bench/memory.py [--tables reckoned,saved] [--only "nf4;all together"] [--folder DIR] [--quick]
+    python scripts/bench/memory.py [--tables reckoned,saved] [--only "nf4;all together"] [--precision bf16] [--quick]
 
 Each row plans its recipe, then trains it for a few steps in a process of its own, and shows the peaks of the run's
 start (loading, encoding, measuring the base) and steps beside those that were reckoned, resident memory, MiB; and CPU
 seconds of a step, the median of all but the first. `reckoned`: recipes/quickstart.yaml as it is, and changed, and a
-base of Stable Diffusion 1.5's size with random weights in bf16, 256 px, batch 1. `saved`: that base with each way of
+base of Stable Diffusion 1.5's size with random weights, in bf16 or fp32 (`--precision no`), 256 px, batch 1. `saved`: that base with each way of
 saving memory. `--folder` is where it lies, or is kept for the next time. `--quick`: narrow networks, to see that the
 script runs. Memory does not mind what else the machine does; CPU seconds do a little.
 """
@@ -72,7 +72,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as place:
         for table in options.tables.split(","):
-            rows = [*_rows(table, Path(options.folder or place), Path(place), options.quick)]
+            rows = [*_rows(table, Path(place), options)]
             wanted = options.only.split(";") if options.only else [row.name for row in rows]
             print(f"\n**{table.capitalize()}**.\n")
             print("| | start: reckoned | measured | ratio | steps: reckoned | measured | ratio | CPU s a step |")
@@ -82,14 +82,14 @@ def main() -> None:
                     print(_line(row, Path(place)), flush=True)
 
 
-def _rows(table: str, folder: Path, place: Path, quick: bool) -> Iterator[Row]:
+def _rows(table: str, place: Path, options: argparse.Namespace) -> Iterator[Row]:
     changes = SAVED if table == "saved" else LARGE
     if table == "reckoned":
         for name, overrides in QUICKSTARTS.items():
             yield Row(name, QUICKSTART, (*SHORT, *FEW, *overrides))
-    large = _large(folder, place, quick)
+    large = _large(Path(options.folder or place), place, options.quick)
     for name, overrides in changes.items():
-        yield Row(name, large, (*SHORT, *overrides))
+        yield Row(name, large, (*SHORT, f"train.mixed_precision={options.precision}", *overrides))
 
 
 def _line(row: Row, place: Path) -> str:
@@ -153,7 +153,7 @@ def _large(folder: Path, place: Path, quick: bool) -> Path:
         "model": {"base": str(base)},
         "targets": {"preset": "attention", "rank": 16},
         "data": {"sources": [{"path": "pictures"}], "resolution": 64 if quick else 256, "batch_size": 1},
-        "train": {"mixed_precision": "bf16", "trackers": []},
+        "train": {"trackers": []},
     }
     path = place / "large.yaml"
     path.write_text(json.dumps(recipe))
@@ -164,6 +164,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", default="reckoned,saved", help="reckoned, saved")
     parser.add_argument("--only", help=f"rows, separated by ;: {'; '.join([*QUICKSTARTS, *LARGE, *SAVED])}")
+    parser.add_argument("--precision", choices=("bf16", "no"), default="bf16", help="of the large base; no: fp32")
     parser.add_argument("--folder", help="where the large base is, or is kept")
     parser.add_argument("--quick", action="store_true", help="narrow networks")
     parser.add_argument("--row", help=argparse.SUPPRESS)

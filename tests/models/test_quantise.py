@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lora_kit.errors import RecipeError
-from lora_kit.models.quantise import check_quantise, error_of, held_bytes, quantised, true_weight
+from lora_kit.models.quantise import check_quantise, error_of, held_bytes, quantised
 from lora_kit.targeting.quantised import quantised_bytes
 
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ def test_output_and_input_gradient_are_those_of_the_weights_it_stands_for(kind, 
     y = made(x)
     grown = torch.randn_like(y)
     y.backward(grown)
-    weight = true_weight(made).double()
+    weight = made.dequantised(torch.float64)
     bias = plain.bias.detach().double()
     # A weight may be rounded once to dtype, the products are summed in fp32, the sum rounded to dtype.
     unit = torch.finfo(dtype).eps
@@ -50,7 +50,7 @@ def test_nf4_rounds_to_the_nearest_of_its_values():
     """QLoRA, appendix E: the sixteen values; each block of 64 is scaled to its largest magnitude."""
     values = torch.tensor(NF4, dtype=torch.float64)
     plain = layer(32, 64, bias=False)
-    got = true_weight(quantised(plain, "nf4", CPU)).double()
+    got = quantised(plain, "nf4", CPU).dequantised(torch.float64)
     for row, weights in zip(got, plain.weight.detach().double(), strict=True):
         scale = row.abs().max()  # the block's scale after its own rounding to 8 bits
         own = weights / weights.abs().max()
@@ -60,7 +60,7 @@ def test_nf4_rounds_to_the_nearest_of_its_values():
 
 def test_int8_is_within_half_a_step_of_each_row():
     plain = layer(32, 64, bias=False)
-    got = true_weight(quantised(plain, "int8", CPU)).double()
+    got = quantised(plain, "int8", CPU).dequantised(torch.float64)
     weights = plain.weight.detach().double()
     step = weights.abs().amax(dim=1, keepdim=True) / 127
     # bitsandbytes rounds the weights to fp16 first: by 2^-11 of the weight, and of the row's largest, each at most.
@@ -79,7 +79,7 @@ def test_the_bytes_are_counted_as_they_lie_in_memory(kind, shape):
 def test_the_error_is_the_relative_rms(kind):
     plain = layer(64, 64)
     made = quantised(plain, kind, CPU)
-    difference = (true_weight(made).double() - plain.weight.detach().double()).norm()
+    difference = (made.dequantised(torch.float64) - plain.weight.detach().double()).norm()
     wanted = float(difference / plain.weight.detach().double().norm())
     assert error_of(made, plain.weight).relative == pytest.approx(wanted, rel=1e-5)
     assert 0 < wanted < 0.15
