@@ -55,3 +55,34 @@ print(kept - before, resident() - before)
     kept, left = map(int, done.stdout.split())
     assert kept >= 2**25
     assert left < 2**24
+
+
+@GLIBC
+def test_a_weight_among_them_leaves_no_gap() -> None:
+    """What weights are cast or quantised from is freed beside what lasts. With pages of its own it goes back to the
+    system at once, while blocks below are kept as before; in a heap it would stay."""
+    script = """
+import contextlib, pathlib, sys, torch
+from lora_kit.allocator import keep_freed_blocks, pages_of_their_own
+keep_freed_blocks()
+def resident(): return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096
+before, kept = resident(), []
+with pages_of_their_own() if sys.argv[1] == "apart" else contextlib.nullcontext():
+    with pages_of_their_own() if sys.argv[1] == "apart" else contextlib.nullcontext():
+        pass
+    for _ in range(16):
+        whole = torch.ones(2**21)
+        kept.append(whole.to(torch.uint8))
+del whole
+weights = sum(one.numel() for one in kept)
+gaps = resident() - before - weights
+torch.ones(2**24)
+print(gaps, resident() - before - weights - gaps)
+"""
+    left: dict[str, tuple[int, ...]] = {}
+    for how in ("together", "apart"):
+        done = subprocess.run([sys.executable, "-c", script, how], capture_output=True, text=True, check=True)
+        left[how] = tuple(map(int, done.stdout.split()))
+    size = 2**23
+    assert left["apart"][0] < size / 2 <= left["together"][0]
+    assert left["apart"][1] >= 2**25  # a large block outside is kept again

@@ -135,8 +135,8 @@ class _Linear(torch.autograd.Function):
             y = functional.linear(x, weight, bias) if isinstance(weight, Tensor) else weight.times(x)
             inner = x.reshape(-1, x.shape[-1]) @ down.t()
             y.view(-1, y.shape[-1]).addmm_(inner, up.t(), alpha=scale)
-        ctx.layer, weight = (None, weight) if isinstance(weight, Tensor) else (weight, None)
-        ctx.save_for_backward(x, weight, down, up, inner)
+        plain, ctx.layer = (weight, None) if isinstance(weight, Tensor) else (None, weight)
+        ctx.save_for_backward(x, plain, down, up, inner)
         return y
 
     @staticmethod

@@ -35,6 +35,7 @@ def probe_lines(found: Probe, recipe: Recipe, reckoned: Memory) -> list[str]:
         f"       {recipe.train.max_steps:,} steps take {duration(whole)}, without start, encoding, validation and "
         "checkpoints",
     ]
+    lines += [f"       {notice}" for notice in found.notices]
     if found.peak_bytes is None:
         return [*lines, "       memory: this system does not tell"]
     said = f"; reckoned {byte_size(reckoned.expected_peak)}" if reckoned.expected_peak is not None else ""

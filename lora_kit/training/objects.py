@@ -21,6 +21,7 @@ from lora_kit.training.learned_tokens import LearnedTokens, token_notices
 from lora_kit.training.objective import objective_notices, schedule_notices
 from lora_kit.training.optimization.ema import WeightAverage
 from lora_kit.training.optimization.max_norm import Limited
+from lora_kit.training.precision import precision_notices
 from lora_kit.training.prepared import PreparedData
 from lora_kit.training.processes.launch import sharding_of
 from lora_kit.training.quantised_base import QuantisedBase
@@ -91,6 +92,7 @@ class Run(NamedTuple):
         """What the user should be told once about data and targets."""
         sets = [data for data in (self.data, self.prepared.held_out) if data is not None]
         notices = [*self.prepared.notices, *(notice for data in sets for notice in data.notices)]
+        notices += precision_notices(self.recipe, self.accelerator.device)
         notices += [*schedule_notices(self.bundle), *objective_notices(self.learner.objective)]
         if self.skipped:
             names = name_some([flaw.id for flaw in self.skipped])

@@ -23,6 +23,7 @@ from lora_kit.training.compiling import check_compile
 from lora_kit.training.objects import Run
 from lora_kit.training.optimization.optimizers import check_optimizer
 from lora_kit.training.peak_memory import peak_memory, reset_peak
+from lora_kit.training.precision import precision_notices
 from lora_kit.training.prepared import PreparedData
 from lora_kit.training.processes.launch import build_accelerator, sharding_of
 from lora_kit.training.processes.launcher import follow_launcher
@@ -50,6 +51,8 @@ class Probe(NamedTuple):
     loading_bytes: int | None
     """The most that was held until then."""
     losses: tuple[float, ...]
+    notices: tuple[str, ...]
+    """What the user should be told of how it computes."""
 
     @property
     def seconds_a_step(self) -> float:
@@ -97,6 +100,7 @@ def probe(recipe: Recipe, steps: int = STEPS) -> Probe:
         peak_bytes=peak_memory(accelerator.device),
         loading_bytes=loading,
         losses=tuple(losses),
+        notices=tuple(precision_notices(recipe, accelerator.device)),
     )
 
 

@@ -5,9 +5,9 @@
 Each row plans its recipe, then trains it for a few steps in a process of its own, and shows the peaks of the run's
 start (loading, encoding, measuring the base) and steps beside those that were reckoned, resident memory, MiB; and CPU
 seconds of a step, the median of all but the first. `reckoned`: recipes/quickstart.yaml as it is, and changed, and a
-base of Stable Diffusion 1.5's size with random weights, in bf16 or fp32 (`--precision no`), 256 px, batch 1. `saved`: that base with each way of
-saving memory. `--folder` is where it lies, or is kept for the next time. `--quick`: narrow networks, to see that the
-script runs. Memory does not mind what else the machine does; CPU seconds do a little.
+base of Stable Diffusion 1.5's size with random weights, 256 px, batch 1, in bf16 or (`--precision no`) fp32. `saved`:
+that base with each way of saving memory. `--folder` is where it lies, or is kept for the next time. `--quick`: narrow
+networks, to see that the script runs. Memory does not mind what else the machine does; CPU seconds do a little.
 """
 
 from __future__ import annotations

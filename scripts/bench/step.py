@@ -1,12 +1,13 @@
 """A LoRA step at Stable Diffusion's size beside its floor: the frozen network's forward, and backward to activations.
 
     python scripts/bench/step.py [--bases sd1,sd2] [--pixels 256] [--targets attention,all-linear,all] [--rounds 7]
+    python scripts/bench/step.py --precision no     in fp32: for a CPU that does not compute in bf16
     python scripts/bench/step.py --quick        does it run at all? Its figures mean nothing
 
-The UNet is built from the published config with random weights, in bf16, channels last. In turn, `rounds` times: the
-floor (adapters off, latents that want a gradient) with glibc's allocator as it comes and with freed blocks kept
-(lora_kit/allocator.py); and so kept PEFT's own layers, and ours, each with fp32 factors of rank 16, clipping and AdamW.
-Medians; the ratios are of each round's own.
+The UNet is built from the published config with random weights, in bf16 or fp32, channels last. In turn, `rounds`
+times: the floor (adapters off, latents that want a gradient) with glibc's allocator as it comes and with freed blocks
+kept (lora_kit/allocator.py); and so kept PEFT's own layers, and ours, each with fp32 factors of rank 16, clipping and
+AdamW. Medians; the ratios are of each round's own.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ COLUMNS = (
     "joined / PEFT",
     "joined / first floor",
 )
+DTYPES = {"bf16": torch.bfloat16, "no": torch.float32}
 SMALL = {"block_out_channels": [32, 64, 64, 64], "norm_num_groups": 8}
 
 
@@ -76,7 +78,7 @@ def main() -> None:
     print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
     for base in options.bases.split(","):
         for preset in options.targets.split(","):
-            network = _network(base, options.quick)
+            network = _network(base, options)
             modules = _adapt(network, preset)
             times = measure(network, _inputs(base, options), options.rounds)
             row = (base, options.pixels, preset, modules, *(f"{figure:.3f}" for figure in figures(times)))
@@ -132,7 +134,7 @@ def map_large_blocks() -> None:
 
 
 def _forward_backward(network: nn.Module, inputs: Inputs) -> None:
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=inputs.latents.dtype == torch.bfloat16):
         predicted = network(inputs.latents, inputs.time, inputs.states).sample
     (predicted.float() - inputs.wanted).square().mean().backward()
 
@@ -152,11 +154,11 @@ def _swap(network: nn.Module, joins: bool) -> None:
             module.__class__ = JoinedConv2d if joins else Conv2d
 
 
-def _network(base: str, quick: bool) -> nn.Module:
+def _network(base: str, options: argparse.Namespace) -> nn.Module:
     torch.manual_seed(0)
     with torch.no_grad():
-        network: Any = UNet2DConditionModel(**{**CONFIGS[base], **(SMALL if quick else {})})
-    return network.to(torch.bfloat16).to(memory_format=torch.channels_last).requires_grad_(False)
+        network: Any = UNet2DConditionModel(**{**CONFIGS[base], **(SMALL if options.quick else {})})
+    return network.to(DTYPES[options.precision]).to(memory_format=torch.channels_last).requires_grad_(False)
 
 
 def _adapt(network: nn.Module, preset: str) -> int:
@@ -168,9 +170,9 @@ def _adapt(network: nn.Module, preset: str) -> int:
 
 def _inputs(base: str, options: argparse.Namespace) -> Inputs:
     torch.manual_seed(1)
-    side, batch = options.pixels // 8, options.batch
-    latents = torch.randn(batch, 4, side, side).to(torch.bfloat16).to(memory_format=torch.channels_last)
-    states = torch.randn(batch, 77, CONFIGS[base]["cross_attention_dim"]).to(torch.bfloat16)
+    side, batch, dtype = options.pixels // 8, options.batch, DTYPES[options.precision]
+    latents = torch.randn(batch, 4, side, side).to(dtype).to(memory_format=torch.channels_last)
+    states = torch.randn(batch, 77, CONFIGS[base]["cross_attention_dim"]).to(dtype)
     return Inputs(latents, torch.full((batch,), 500), states, torch.randn(batch, 4, side, side))
 
 
@@ -180,6 +182,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--pixels", type=int, default=256)
     parser.add_argument("--targets", default="attention,all-linear,all")
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--precision", choices=tuple(DTYPES), default="bf16")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="a toy network")
     return parser.parse_args()

@@ -2,6 +2,7 @@
 
     python scripts/bench/whole_job.py [--jobs quickstart,sd15] [--steps 200] [--sd15-steps 200] [--repeats 1]
     python scripts/bench/whole_job.py --only all       contenders whose `targets name` holds this text
+    python scripts/bench/whole_job.py --precision no   fp32 throughout: for a CPU that does not compute in bf16
     python scripts/bench/whole_job.py --quick          does it run at all? Its figures mean nothing
 
 Two jobs: recipes/quickstart.yaml, and SD 1.5's size (random weights, built once in --work) at 256 px, batch 1. Who
@@ -9,9 +10,10 @@ runs them: lora_kit; diffusers + PEFT as diffusers' example trains (job/plain.py
 LyCORIS in the same loop. All with the same pictures, size, batch, rank, targets, rate, clipping and AdamW. Each
 is a cold process of its own, by turns; of several repeats the fastest counts. Nobody finds latents in a cache.
 
-Ratios are of pictures a second, to `autocast over fp32` with the same targets. The steady step is the median over the
-run's second half. Loss: mean of the first and the last 50 steps, of each one's own draws; held-out loss: of the saved
-files, by one measure (job/judge.py). Memory as in merge.py: resident counts the mapped base's pages.
+Ratios are of pictures a second, to diffusers + PEFT with autocast over fp32 (`--precision no`: in fp32 throughout) and
+the same targets. The steady step is the median over the run's second half. Loss: mean of the first and the last 50
+steps, of each one's own draws; held-out loss: of the saved files, by one measure (job/judge.py). Memory as in merge.py:
+resident counts the mapped base's pages.
 """
 
 from __future__ import annotations
@@ -112,8 +114,8 @@ def rows(job: Job, asked: list[Contender], best: dict[Contender, Run]) -> list[s
     return found
 
 
-def run_job(job: Job, only: str, repeats: int, root: Path) -> list[str]:
-    asked = [one for one in contenders(job) if only in f"{one.targets} {one.name}"]
+def run_job(job: Job, only: str, repeats: int, root: Path, precision: str = "bf16") -> list[str]:
+    asked = [one for one in contenders(job, precision) if only in f"{one.targets} {one.name}"]
     runs: dict[Contender, list[Run]] = {one: [] for one in asked}
     for repeat in range(repeats):
         for number, one in enumerate(asked):
@@ -133,7 +135,7 @@ def main() -> None:
     steps, sd15_steps = (2, 2) if options.quick else (options.steps, options.sd15_steps)
     builders = {
         "quickstart": lambda: quickstart(steps, options.quick),
-        "sd15": lambda: sd15(sd15_steps, options.work, options.quick),
+        "sd15": lambda: sd15(sd15_steps, options.work, options.quick, options.precision),
     }
     print(f"{os.cpu_count()} cores, load before: {os.getloadavg()[0]:.1f}\n")
     found = list[str]()
@@ -141,7 +143,7 @@ def main() -> None:
         job = builders[name]()
         print(f"{job.name}: {job.recipe.train.max_steps} steps, batch {job.recipe.data.batch_size}", flush=True)
         with tempfile.TemporaryDirectory(dir=options.work) as folder:
-            found += run_job(job, options.only, options.repeats, Path(folder))
+            found += run_job(job, options.only, options.repeats, Path(folder), options.precision)
     print(f"\n| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
     print("\n".join(found))
 
@@ -152,6 +154,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", default="", help="contenders whose `targets name` holds this text")
     parser.add_argument("--steps", type=int, default=200, help="of the quickstart")
     parser.add_argument("--sd15-steps", type=int, default=200, help="of SD 1.5's size: minutes each at 200")
+    parser.add_argument("--precision", choices=("bf16", "no"), default="bf16", help="of SD 1.5's size and autocast")
     parser.add_argument("--repeats", type=int, default=1)
     work = Path(tempfile.gettempdir()) / "lora_kit_whole_job"
     parser.add_argument("--work", type=Path, default=work, help="where to work; SD 1.5's base (2.4 GB) is kept there")

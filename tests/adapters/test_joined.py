@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_kit.adapters import inject, joined, set_scale
 from lora_kit.adapters.layers import live_layers
+from lora_kit.models.quantise import quantised
 from lora_kit.recipe import TargetRule
 from lora_kit.targeting import make_plan, module_tree
 
@@ -92,6 +93,56 @@ def test_bf16_is_at_least_as_near_to_the_truth_as_peft_is(kind: str) -> None:
     for name in near:
         # PEFT rounds factors, products and the sum apart, we the factors, the inner product and the sum.
         assert near[name] < max(1.5 * far[name], 4 * torch.finfo(torch.bfloat16).eps), (name, near, far)
+
+
+def held_in(bits: str, components: dict[str, nn.Module]) -> Any:
+    """Quantise the adapted layer's base; the joined layer."""
+    layer: Any = next(iter(live_layers(components).values())).lora
+    layer.base_layer = quantised(layer.base_layer, bits, torch.device("cpu"))
+    return layer
+
+
+@pytest.mark.parametrize("bits", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", ["linear", "no bias"])
+def test_over_a_quantised_layer_it_is_pefts_over_the_weights_that_it_stands_for(kind: str, bits: str) -> None:
+    components = adapted(kind, torch.float32, torch.contiguous_format)
+    layer, x = held_in(bits, components), inputs(kind, torch.float32)
+    ours = results(components, x, peft=False)
+    plain = nn.Linear(24, 40, bias=layer.base_layer.bias is not None).requires_grad_(False)
+    plain.weight.copy_(layer.base_layer.dequantised(torch.float32))
+    if layer.base_layer.bias is not None:
+        plain.bias.copy_(layer.base_layer.bias)
+    layer.base_layer = plain
+    off = difference(ours, results(components, x, peft=True))
+    assert max(off.values()) < 24 * torch.finfo(torch.float32).eps  # sums of at most 24 products in another order
+
+
+@pytest.mark.parametrize("bits", ["nf4", "int8"])
+def test_a_quantised_layer_under_autocast_is_as_near_to_the_truth_as_peft_is(bits: str) -> None:
+    components = adapted("linear", torch.bfloat16, torch.contiguous_format)
+    layer, x = held_in(bits, components), inputs("linear", torch.bfloat16)
+    ours, theirs = (results(components, x, peft, autocast=True) for peft in (False, True))
+    plain = nn.Linear(24, 40, dtype=torch.float64).requires_grad_(False)
+    plain.weight.copy_(layer.base_layer.dequantised(torch.float64))
+    plain.bias.copy_(layer.base_layer.bias)
+    layer.base_layer = plain
+    truth = results({"unet": components["unet"].double()}, x.double(), peft=True)
+    near, far = difference(ours, truth), difference(theirs, truth)
+    for name in near:
+        assert near[name] < max(1.5 * far[name], 4 * torch.finfo(torch.bfloat16).eps), (name, near, far)
+
+
+@pytest.mark.parametrize("bits", ["nf4", "int8"])
+def test_over_a_quantised_layer_the_input_is_kept_once_and_no_weight(bits: str) -> None:
+    components = adapted("linear", torch.bfloat16, torch.contiguous_format)
+    held_in(bits, components)
+    x, kept = inputs("linear", torch.bfloat16), list[Tensor]()
+    keeping = torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one)
+    with keeping, torch.autocast("cpu", torch.bfloat16):
+        components["unet"]["layer"](x)  # pyright: ignore[reportIndexIssue]
+    # The factors in the precision of the product, what lies between them, and the input.
+    assert sorted(one.numel() for one in kept) == sorted([x.numel(), 24 * RANK, 40 * RANK, 3 * 7 * RANK])
+    assert any(one.data_ptr() == x.data_ptr() for one in kept)
 
 
 def test_gradcheck_of_both_functions() -> None:

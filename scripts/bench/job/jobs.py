@@ -59,8 +59,9 @@ def quickstart(steps: int, quick: bool) -> Job:
     return Job("quickstart", load_recipe(RECIPE, changes), TINY, has_pretrained=not quick)
 
 
-def sd15(steps: int, work: Path, quick: bool) -> Job:
-    """SD 1.5's size with random weights at 256 px, batch 1, on the quickstart's pictures. The base is built once."""
+def sd15(steps: int, work: Path, quick: bool, precision: str = "bf16") -> Job:
+    """SD 1.5's size with random weights at 256 px, batch 1, on the quickstart's pictures. The base is built once.
+    precision: as train.mixed_precision."""
     base = work / ("sd15-quick" if quick else "sd15")
     if not (base / "model_index.json").is_file():
         subprocess.run([sys.executable, "-c", BUILD, base, str(quick)], check=True, cwd=Path(__file__).parents[1])
@@ -72,26 +73,27 @@ def sd15(steps: int, work: Path, quick: bool) -> Job:
         "data.caption_dropout": 0,
         "optimizer.lr": 1e-4,
         "schedule": "{name: constant}",
-        "train.mixed_precision": "bf16",
+        "train.mixed_precision": precision,
         "train.max_steps": steps,
     }
     recipe = load_recipe(RECIPE, [f"{key}={value}" for key, value in values.items()])
     return Job("SD 1.5 size", recipe, base, has_pretrained=False)
 
 
-def contenders(job: Job) -> list[Contender]:
-    """In the order in which they take turns."""
+def contenders(job: Job, autocast: str = "bf16") -> list[Contender]:
+    """In the order in which they take turns. autocast: of the plain loop, bf16 | no."""
     precision = job.recipe.train.mixed_precision
     found: list[Contender] = []
+    plain = "diffusers + PEFT, autocast over fp32" if autocast == "bf16" else "diffusers + PEFT, fp32 throughout"
     for targets in ("attention", "all"):
         found += [
             Contender("lora_kit", targets, "lora_kit", precision),
-            Contender("diffusers + PEFT, autocast over fp32", targets, "peft", "bf16", is_reference=True),
-            Contender("LyCORIS in that loop", targets, "lycoris", "bf16"),
+            Contender(plain, targets, "peft", autocast, is_reference=True),
+            Contender("LyCORIS in that loop", targets, "lycoris", autocast),
         ]
         if precision == "bf16":
             found.append(Contender("diffusers + PEFT, frozen networks in bf16", targets, "peft", "bf16", "bf16"))
-        else:
+        elif autocast == "bf16":
             found.append(Contender("diffusers + PEFT, fp32 throughout", targets, "peft", "no"))
     if job.has_pretrained:
         found.append(Contender("lora_kit, with the recipe's validation", "all", "lora_kit", precision, overrides=()))
