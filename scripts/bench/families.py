@@ -213,10 +213,9 @@ def write_recipe(root: Path, side: int, steps: int, overrides: Mapping[str, Any]
 def train_once(root: Path) -> None:
     """The run, with each step's seconds and CPU seconds in steps.json."""
     from lora_kit.recipe import load_recipe
-    from lora_kit.training import train
-    from lora_kit.training.step import training_step as step
+    from lora_kit.training import run
 
-    seconds = list[tuple[float, float]]()
+    seconds, step = list[tuple[float, float]](), run.take_step
 
     def timed(*arguments: Any, **options: Any) -> Any:
         started = time.perf_counter(), time.process_time()
@@ -224,10 +223,8 @@ def train_once(root: Path) -> None:
         seconds.append((time.perf_counter() - started[0], time.process_time() - started[1]))
         return done
 
-    for module in [one for name, one in sys.modules.items() if name.startswith("lora_kit.training")]:
-        if getattr(module, "training_step", None) is step:  # the loop has its own name for it
-            vars(module)["training_step"] = timed
-    train(load_recipe(root / "recipe.yaml"))
+    run.take_step = timed
+    run.train(load_recipe(root / "recipe.yaml"))
     (root / "steps.json").write_text(json.dumps(seconds))
 
 
