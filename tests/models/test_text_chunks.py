@@ -21,8 +21,10 @@ LENGTHS: tuple[LongText, ...] = ("cut", "chunks")
 
 
 def assert_equal_to_rounding(first: Tensor, second: Tensor) -> None:
-    """Fp32 sums over batches of another size: a few units in the last place of values near 1."""
-    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
+    """Fp32 sums over batches of another size, in some sixty layers one after the other: each may round the last place of
+    the largest values otherwise, which smaller ones are sums of."""
+    units = 64 * torch.finfo(torch.float32).eps
+    torch.testing.assert_close(first, second, rtol=units, atol=units * float(second.abs().max()))
 
 
 def by_hand(folder: Path, caption: str) -> Tensor:

