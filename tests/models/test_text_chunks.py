@@ -21,8 +21,8 @@ LENGTHS: tuple[LongText, ...] = ("cut", "chunks")
 
 
 def assert_equal_to_rounding(first: Tensor, second: Tensor) -> None:
-    """Fp32 sums over batches of another size, in some sixty layers one after the other: each may round the last place of
-    the largest values otherwise, which smaller ones are sums of."""
+    """Fp32 sums over batches of another size, in some sixty layers in a row: each may round the last place of the
+    largest values otherwise, which smaller ones are sums of."""
     units = 64 * torch.finfo(torch.float32).eps
     torch.testing.assert_close(first, second, rtol=units, atol=units * float(second.abs().max()))
 

@@ -25,7 +25,7 @@ from lora_kit.training.processes.launch import build_accelerator
 
 
 def steps_watched(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, count: int = 3) -> list[str]:
-    """What of `count` steps waits, the first one too, which makes the optimizer's state. Captions are encoded before."""
+    """What of `count` steps waits, the first too, which makes the optimizer's state. Captions are encoded before."""
     accelerator = build_accelerator(recipe)
     run = build_run(recipe, accelerator)
     loader = make_loader(run.data, recipe, accelerator)
