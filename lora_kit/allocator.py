@@ -65,17 +65,15 @@ def pages_of_their_own() -> Generator[None]:
             mallopt(_M_MMAP_THRESHOLD, _KEPT)
 
 
-def give_back_freed(*, collect: bool = True) -> None:
+def give_back_freed() -> None:
     """Give freed memory back to the system, after a stage of a run whose tensors were of other sizes than the next
     one's: else it stays resident beside those that do not fit in (malloc_trim(3)).
 
-    Takes milliseconds. collect: first free what only reference cycles hold, which takes a tenth of a second. Other C
-    libraries are left alone.
+    What only reference cycles hold is freed first, which takes a tenth of a second. Other C libraries are left alone.
     """
     trim = _function("malloc_trim")
     if trim is not None:
-        if collect:
-            gc.collect()
+        gc.collect()
         trim(0)
 
 

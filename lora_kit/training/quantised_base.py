@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_kit.adapters.layers import live_layer, stacked
 from lora_kit.adapters.places import module_at, put_module
-from lora_kit.allocator import give_back_freed, pages_of_their_own
+from lora_kit.allocator import pages_of_their_own
 from lora_kit.models import ModelBundle
 from lora_kit.models.mapped import forget
 from lora_kit.models.quantise import WeightError, error_of, held_bytes, quantised
@@ -117,7 +117,6 @@ def quantise_base(
         after += held_bytes([made])
         put_module(components, module.name, stacked(lora, delta, made))
         forget(base)  # its file stays mapped as long as any other weight of it lives
-        give_back_freed(collect=False)
     return QuantisedBase(plan.kind, len(plan.modules), before, after, whole, errors, exact)
 
 
