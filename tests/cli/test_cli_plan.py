@@ -27,7 +27,7 @@ def recipe(tiny_sd1_folder: Path, tmp_path: Path) -> Path:
     sections: dict[str, Any] = {
         "model": {"base": str(tiny_sd1_folder)},
         "targets": {"preset": "kohya", "rank": 2},
-        "data": {"sources": [{"path": "pictures", "repeats": 2}], "batch_size": 4},
+        "data": {"sources": [{"path": "pictures", "repeats": 2}], "resolution": 16, "batch_size": 4},
         "train": {"max_steps": 30},
     }
     path = tmp_path / "recipe.yaml"

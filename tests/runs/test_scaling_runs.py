@@ -129,7 +129,9 @@ def test_tokens_are_learned_by_two_processes_as_by_one(recipes, tmp_path, flags)
     assert not torch.equal(*rows)
 
 
-@pytest.mark.parametrize(("method", "flags"), [("lora", ()), ("lora", FSDP), ("full", FSDP)])
+@pytest.mark.parametrize(
+    ("method", "flags"), [("lora", ()), pytest.param("lora", FSDP, marks=pytest.mark.slow), ("full", FSDP)]
+)
 def test_ten_steps_of_two_processes_are_those_of_one(recipes, tmp_path, method, flags):
     recipe, one = recipes[method]
     said = well(launch(2, recipe, f"output_dir={tmp_path / 'two'}", flags=flags))
