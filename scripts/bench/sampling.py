@@ -32,6 +32,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lora_kit.allocator import keep_freed_blocks
+
 PROMPTS = ("red apple", "tulip", "fox", "cup of coffee")
 STRENGTHS = {"tiny": (0.0, 0.25, 0.5, 0.75, 1.0), "sd1": (0.0, 0.5, 1.0)}
 PIXELS = {"tiny": 64, "sd1": 256}
@@ -56,6 +58,7 @@ def main() -> None:
     if options.child:
         _grid_child(options)
         return
+    keep_freed_blocks()  # as commands do; each child says for itself, since the pipeline's user does not
     parts = options.parts.split(",")
     with tempfile.TemporaryDirectory() as folder:
         bases = {name: _base(name, Path(folder), options.quick) for name in options.only.split(",")}
@@ -92,10 +95,8 @@ def _row_costs(name: str, base: str, folder: Path, options: argparse.Namespace) 
     import torch
 
     from lora_kit.adapters import fuse, unfuse
-    from lora_kit.allocator import keep_freed_blocks
     from lora_kit.inference import prepare
 
-    keep_freed_blocks()
     bundle, side = prepare(base, [folder / WEIGHTS], torch.float32).bundle, _pixels(name, options)
     factor = 2 ** (len(bundle.vae.config.block_out_channels) - 1)
     unet: Any = bundle.unet
@@ -122,10 +123,8 @@ def _live_row(name: str, base: str, folder: Path, options: argparse.Namespace) -
     import torch
 
     from lora_kit.adapters import fuse, unfuse
-    from lora_kit.allocator import keep_freed_blocks
     from lora_kit.inference import SamplingSettings, draw, prepare, scale_adapters
 
-    keep_freed_blocks()
     prepared = prepare(base, [folder / WEIGHTS], torch.float32)
     unet, side = prepared.bundle.unet, _pixels(name, options)
     settings = SamplingSettings(steps=_steps(name, options), width=side, height=side)
@@ -234,7 +233,6 @@ def _grid_child(options: argparse.Namespace) -> None:
 def _ours(options: argparse.Namespace, strengths: tuple[float, ...]) -> Callable[[], list[Any]]:
     import torch
 
-    from lora_kit.allocator import keep_freed_blocks
     from lora_kit.inference import SamplingSettings, generate_columns, prepare
 
     keep_freed_blocks()  # as `lora-kit grid` does
