@@ -9,16 +9,8 @@ from typing import Annotated
 import typer
 
 from lora_kit.allocator import keep_freed_blocks
+from lora_kit.cli import picture_options as shared
 from lora_kit.cli.options import (
-    BLOCK_WEIGHTS_HELP,
-    EMBEDDING_HELP,
-    LONG_PROMPTS_HELP,
-    PREDICTION_HELP,
-    SCALE_HELP,
-    TOKENIZER_HELP,
-    DtypeName,
-    LongPrompts,
-    PredictionName,
     base_section,
     parse_adapter,
     parse_numbers,
@@ -27,18 +19,7 @@ from lora_kit.cli.options import (
     refuse_existing,
     scale_rules,
 )
-from lora_kit.cli.picture_options import (
-    BATCH_HELP,
-    ETA_HELP,
-    HELP_GROUPS,
-    IMAGE_HELP,
-    MASK_HELP,
-    PROMPT_HELP,
-    SAMPLER_HELP,
-    STRENGTH_HELP,
-    picture_options,
-    prompts_or_pictures,
-)
+from lora_kit.cli.picture_options import HELP_GROUPS, picture_options, prompts_or_pictures
 from lora_kit.cli.quick_imports import quick_imports
 from lora_kit.errors import RecipeError
 
@@ -46,29 +27,29 @@ __all__ = ["HELP_GROUPS", "command"]
 
 
 def command(
-    base: Annotated[str, typer.Argument(help="A diffusers folder, a checkpoint file, a hub id, or `tiny`.")],
+    base: shared.Base,
     adapter: Annotated[list[str], typer.Option(help="Adapter file. Several are all drawn at the same strength.")],
     out: Annotated[Path, typer.Option(help="The PNG.")],
-    prompt: Annotated[list[str] | None, typer.Option(help=PROMPT_HELP)] = None,
+    prompt: shared.Prompt = None,
     scales: Annotated[str, typer.Option(help="Strengths, a column each.")] = "0,0.5,1",
     seeds: Annotated[str, typer.Option(help="Seeds; each prompt has a row for each.")] = "0",
-    scale: Annotated[list[str] | None, typer.Option(help=SCALE_HELP)] = None,
-    block_weights: Annotated[str | None, typer.Option(help=BLOCK_WEIGHTS_HELP)] = None,
-    embedding: Annotated[list[str] | None, typer.Option(help=EMBEDDING_HELP)] = None,
-    negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
-    steps: Annotated[int, typer.Option(min=1, help="Sampler steps.")] = 25,
-    guidance: Annotated[float, typer.Option(min=0, help="Classifier-free guidance; 1 or less turns it off.")] = 7.5,
+    scale: shared.Scale = None,
+    block_weights: shared.BlockWeights = None,
+    embedding: shared.Embedding = None,
+    negative: shared.Negative = "",
+    steps: shared.Steps = 25,
+    guidance: shared.Guidance = 7.5,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT of a picture. Default: the base's own.")] = None,
-    sampler: Annotated[str, typer.Option(help=SAMPLER_HELP)] = "ddim",
-    eta: Annotated[float, typer.Option(min=0, max=1, help=ETA_HELP)] = 0.0,
-    image: Annotated[list[Path] | None, typer.Option(help=IMAGE_HELP)] = None,
-    mask: Annotated[list[Path] | None, typer.Option(help=MASK_HELP)] = None,
-    strength: Annotated[float | None, typer.Option(help=STRENGTH_HELP)] = None,
-    long_prompts: Annotated[LongPrompts, typer.Option(help=LONG_PROMPTS_HELP)] = "cut",
-    prediction_type: Annotated[PredictionName | None, typer.Option(help=PREDICTION_HELP)] = None,
-    tokenizer: Annotated[str | None, typer.Option(help=TOKENIZER_HELP)] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help=BATCH_HELP)] = None,
-    dtype: Annotated[DtypeName | None, typer.Option(help="Default: fp16 on a GPU, else fp32.")] = None,
+    sampler: shared.Sampler = "ddim",
+    eta: shared.Eta = 0.0,
+    image: shared.Image = None,
+    mask: shared.Mask = None,
+    strength: shared.Strength = None,
+    long_prompts: shared.LongPrompts = "cut",
+    prediction_type: shared.Prediction = None,
+    tokenizer: shared.Tokenizer = None,
+    batch_size: shared.Batch = None,
+    dtype: shared.Dtype = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a picture that is there.")] = False,
 ) -> None:
     """Draw prompts and seeds downwards, strengths to the right. A strength of 0 is the base."""

@@ -15,22 +15,7 @@ if TYPE_CHECKING:
     from lora_kit.recipe import ModelSection
 
 DtypeName = Literal["fp32", "bf16", "fp16"]
-LongPrompts = Literal["cut", "chunks"]
-LONG_PROMPTS_HELP = "Prompts of more than 75 tokens: cut their end off, or encode them in chunks, as web UIs do."
-
-EMBEDDING_HELP = (
-    "Learned token (textual inversion): FILE, or TOKEN=FILE to name it anew; prompts say the token. May be given "
-    "several times."
-)
 PredictionName = Literal["epsilon", "v_prediction", "sample"]
-PREDICTION_HELP = "What the base predicts. Default: what it says itself; a single file of SD2 may not say it."
-TOKENIZER_HELP = "Folder or hub id of the CLIP tokenizer, for a single file, which carries none."
-
-SCALE_HELP = (
-    "PATTERN=NUMBER, such as unet.up_blocks.**=0.6: multiplies the strength of what it matches; the last match "
-    "decides. May be given several times."
-)
-BLOCK_WEIGHTS_HELP = "17 or 26 numbers with commas between, as in sd-webui-lora-block-weight; --scale goes over them."
 
 _WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/]")
 

@@ -4,17 +4,82 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
+import typer
+
+from lora_kit.cli.options import DtypeName, PredictionName
 from lora_kit.errors import RecipeError
 
 SAMPLER_HELP = "ddim, ddpm, dpm++, dpm++-sde, euler, euler-a, heun, pndm or unipc."
-ETA_HELP = "Noise that ddim adds on the way: 0 is none, 1 is as much as ddpm's."
-BATCH_HELP = "Pictures drawn at once. It changes them by rounding only. Default: as many as fit the memory at hand."
-PROMPT_HELP = "What to draw. May be given several times. A super-resolution base takes none, but --image."
-IMAGE_HELP = "Picture to begin at, or to enlarge; one for all prompts, or given once for each."
-MASK_HELP = "What of the picture is drawn anew (white); the rest is kept. In the picture's size; as many as pictures."
-STRENGTH_HELP = "How much of the picture is drawn anew, above 0 to 1. Default: 0.8, with a mask 1."
+
+# Options of both `generate` and `grid`; each command's function gives the default.
+Base = Annotated[str, typer.Argument(help="A diffusers folder, a checkpoint file, a hub id, or `tiny`.")]
+Prompt = Annotated[
+    list[str] | None,
+    typer.Option(help="What to draw. May be given several times. A super-resolution base takes none, but --image."),
+]
+Negative = Annotated[str, typer.Option(help="Negative prompt.")]
+Scale = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="PATTERN=NUMBER, such as unet.up_blocks.**=0.6: multiplies the strength of what it matches; the last "
+        "match decides. May be given several times."
+    ),
+]
+BlockWeights = Annotated[
+    str | None,
+    typer.Option(
+        help="17 or 26 numbers with commas between, as in sd-webui-lora-block-weight; --scale goes over them."
+    ),
+]
+Embedding = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Learned token (textual inversion): FILE, or TOKEN=FILE to name it anew; prompts say the token. May be "
+        "given several times."
+    ),
+]
+Steps = Annotated[int, typer.Option(min=1, help="Sampler steps.")]
+Guidance = Annotated[float, typer.Option(min=0, help="Classifier-free guidance; 1 or less turns it off.")]
+Sampler = Annotated[str, typer.Option(help=SAMPLER_HELP)]
+Eta = Annotated[
+    float, typer.Option(min=0, max=1, help="Noise that ddim adds on the way: 0 is none, 1 is as much as ddpm's.")
+]
+Image = Annotated[
+    list[Path] | None,
+    typer.Option(help="Picture to begin at, or to enlarge; one for all prompts, or given once for each."),
+]
+Mask = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="What of the picture is drawn anew (white); the rest is kept. In the picture's size; as many as pictures."
+    ),
+]
+Strength = Annotated[
+    float | None,
+    typer.Option(help="How much of the picture is drawn anew, above 0 to 1. Default: 0.8, with a mask 1."),
+]
+LongPrompts = Annotated[
+    Literal["cut", "chunks"],
+    typer.Option(help="Prompts of more than 75 tokens: cut their end off, or encode them in chunks, as web UIs do."),
+]
+Prediction = Annotated[
+    PredictionName | None,
+    typer.Option(help="What the base predicts. Default: what it says itself; a single file of SD2 may not say it."),
+]
+Tokenizer = Annotated[
+    str | None, typer.Option(help="Folder or hub id of the CLIP tokenizer, for a single file, which carries none.")
+]
+Batch = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Pictures drawn at once. It changes them by rounding only. Default: as many as fit the memory at hand.",
+    ),
+]
+Dtype = Annotated[DtypeName | None, typer.Option(help="Default: fp16 on a GPU, else fp32.")]
+
 HELP_GROUPS = {
     "What is drawn": ("prompt", "negative", "seed", "seeds", "count", "size", "out", "overwrite"),
     "Adapters and learned tokens": ("adapter", "scales", "scale", "block_weights", "embedding"),
