@@ -116,6 +116,7 @@ def rows_of_commands(folder: Path) -> dict[str, Callable[[], Cost]]:
     draw = [*kit, "generate", "tiny", "--prompt", "red apple", "--steps", "1", "--adapter", str(adapter), "--out"]
     merge = [*kit, "merge", "tiny", "--adapter", str(adapter), "--out"]
     return {
+        "`import torch`, to compare machines": lambda: whole([sys.executable, "-c", "import torch"]),
         "`lora-kit --help`": lambda: whole([*kit, "--help"]),
         "`lora-kit schema`": lambda: whole([*kit, "schema"]),
         "a misspelt key, to its error": lambda: whole([sys.executable, str(TRAIN), str(folder / "wrong.yaml")], 2),
