@@ -1,6 +1,6 @@
 """What start.py compares with: the imports and the first step of a plain diffusers + PEFT loop.
 
-    python scripts/bench/start_plain.py BASE PICTURES OUT        or: --imports
+    python scripts/bench/start_plain.py BASE PICTURES OUT        BASE --imports: nothing but those
 
 The imports are those of diffusers' examples/text_to_image/train_text_to_image_lora.py but torchvision, which is no
 dependency here. BASE: a diffusers folder; PICTURES: a folder with metadata.jsonl, 64 px; a line is written to
@@ -70,6 +70,6 @@ def first_step(base: str, pictures: Path) -> float:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] != ["--imports"]:
-        loss = first_step(sys.argv[1], Path(sys.argv[2]))
-        (Path(sys.argv[3]) / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": loss}) + "\n")
+    base, pictures, out = sys.argv[1:]
+    said = {"imported": True} if base == "--imports" else {"step": 1, "loss": first_step(base, Path(pictures))}
+    (Path(out) / "metrics.jsonl").write_text(json.dumps(said) + "\n")

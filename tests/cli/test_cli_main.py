@@ -84,6 +84,17 @@ def test_python_m_prints_the_schema_alone_on_stdout() -> None:
     assert done.stderr == ""
 
 
+def test_what_is_imported_is_out_of_the_collectors_way_at_exit() -> None:
+    code = (
+        "import atexit, gc\n"
+        "atexit.register(lambda: print(len(gc.get_objects())))\n"  # the first one runs last
+        "from lora_kit.cli.main import main\n"
+        "main(['--version'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout.splitlines()[-1]) < 100  # thousands without it
+
+
 def test_a_commands_own_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_status("schema", "--help") == 0
     out = capsys.readouterr().out
