@@ -1,0 +1,98 @@
+"""One adapted layer beside its base: forward and backward, bf16, rank 16, and the small products that make the rest.
+
+    python scripts/bench/layer.py [--times 300]
+
+Why a step with every layer adapted stays above its floor (step.py): µs of the frozen layer alone, of lora_kit's
+(lora_kit/adapters/joined.py: fp32 factors, gradients of input and factors), and of each product that it adds, with the
+base's own. Layers of SD 1.5 at 256 px, batch 1. Means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+
+from lora_kit.adapters.joined import JoinedConv2d, JoinedLinear
+
+RANK = 16
+LINEAR = ((1024, 320), (256, 640), (64, 1280))
+"""Places, channels."""
+CONV = ((320, 32), (640, 16), (1280, 8), (1280, 4))
+"""Channels, places a side."""
+PRODUCTS = ("base", "x A", "+ B", "dy B", "dB", "dA", "+ A")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--times", type=int, default=300)
+    times = parser.parse_args().times
+    torch.manual_seed(0)
+    print("| layer | input | base, µs | adapted, µs | more, µs |\n|---|---|---|---|---|")
+    for places, channels in LINEAR:
+        _row("linear", nn.Linear(channels, channels), torch.randn(1, places, channels), times)
+    for channels, side in CONV:
+        _row("3 x 3", nn.Conv2d(channels, channels, 3, padding=1), torch.randn(1, channels, side, side), times // 3)
+    print(f"\n| input of the linear layer | {' | '.join(PRODUCTS)} |\n{'|---' * (len(PRODUCTS) + 1)}|")
+    for places, channels in LINEAR:
+        print(f"| {[places, channels]} | {' | '.join(f'{spent:.0f}' for spent in products(places, channels, times))} |")
+
+
+def _row(kind: str, layer: nn.Module, x: Tensor, times: int) -> None:
+    network = nn.Sequential(layer.to(torch.bfloat16)).requires_grad_(False)
+    x = x.to(torch.bfloat16)
+    if x.ndim == 4:
+        x, network = x.to(memory_format=torch.channels_last), network.to(memory_format=torch.channels_last)
+    x.requires_grad_()
+    dy = torch.randn_like(x)
+
+    def passes() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = network(x)
+        y.backward(dy)
+        x.grad = None
+        for weight in network.parameters():
+            weight.grad = None
+
+    base = _mean(passes, times)
+    inject_adapter_in_model(LoraConfig(r=RANK, target_modules=["0"], init_lora_weights=False), network)
+    network[0].__class__ = JoinedConv2d if x.ndim == 4 else JoinedLinear
+    for name, weight in network.named_parameters():
+        weight.data = weight.data.float() if "lora_" in name else weight.data
+    adapted = _mean(passes, times)
+    print(f"| {kind} | {list(x.shape)} | {base:.0f} | {adapted:.0f} | {adapted - base:.0f} |", flush=True)
+
+
+def products(places: int, channels: int, times: int) -> list[float]:
+    """µs of each of PRODUCTS, for a linear layer from as many channels to as many."""
+    x, y, dy = (torch.randn(places, channels).to(torch.bfloat16) for _ in range(3))
+    down, up = (torch.randn(shape).to(torch.bfloat16) for shape in ((RANK, channels), (channels, RANK)))
+    weight, inner = torch.randn(channels, channels).to(torch.bfloat16), torch.randn(places, RANK).to(torch.bfloat16)
+    made: tuple[Callable[[], object], ...] = (
+        lambda: x @ weight.t(),
+        lambda: x @ down.t(),
+        lambda: y.addmm_(inner, up.t()),
+        lambda: dy @ up,
+        lambda: dy.t() @ inner,
+        lambda: inner.t() @ x,
+        lambda: y.addmm_(inner, down),
+    )
+    return [_mean(product, times) for product in made]
+
+
+def _mean(work: Callable[[], object], times: int) -> float:
+    """µs, after a tenth as often without looking."""
+    for _ in range(times // 10 + 1):
+        work()
+    began = time.perf_counter()
+    for _ in range(times):
+        work()
+    return (time.perf_counter() - began) / times * 1e6
+
+
+if __name__ == "__main__":
+    main()
