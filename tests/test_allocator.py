@@ -34,7 +34,7 @@ def test_a_freed_block_serves_the_next_tensor() -> None:
     """Each of the 32 would take its own 64 MiB of pages from the kernel. Kept, they take a few places in turn: before
     glibc 2.38 an aligned block does not fit where one of just its size was."""
     assert fresh_bytes("as it is") >= 32 * 2**26
-    assert fresh_bytes("kept") <= 8 * 2**26
+    assert fresh_bytes("kept") <= 16 * 2**26  # so that at least half of the blocks took none
 
 
 @GLIBC
