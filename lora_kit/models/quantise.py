@@ -50,7 +50,13 @@ class FewBitsLinear(nn.Linear):
         state = getattr(weight, "quant_state", None)
         if state is not None:
             return cast(Any, functional).dequantize_4bit(weight.data, state).to(dtype)
-        return weight.data.to(dtype).mul_(weight.SCB[:, None].mul(1 / 127))
+        held, scale = cast(Tensor, weight.data), cast(Tensor, weight.SCB)[:, None].mul(1 / 127)
+        made = torch.empty_like(held, dtype=dtype)
+        # On a CPU an operation of mixed precisions copies all that it is given to fp32 first: of a few rows, then.
+        rows = _ROWS if held.device.type == "cpu" else len(held)
+        for parts in zip(held.split(rows), scale.split(rows), made.split(rows), strict=True):
+            torch.mul(parts[0], parts[1], out=parts[2])
+        return made
 
     def forward(self, input: Tensor) -> Tensor:
         """x [..., in] → [..., out]."""

@@ -69,6 +69,16 @@ def test_int8_is_within_half_a_step_of_each_row():
     assert (got - weights).abs().max() > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_int8_is_scaled_in_fp32_and_rounded_once(dtype):
+    made = quantised(layer(600, 24), "int8", CPU)  # not a whole number of the rows done at once
+    held, scale = made.weight.data.double(), made.weight.SCB.double()[:, None] / 127
+    wanted, found = (held * scale).to(dtype), made.dequantised(dtype)
+    assert found.dtype == dtype
+    # 1 / 127, the scale times it and the product are each rounded in fp32, and the result in `dtype`.
+    torch.testing.assert_close(found, wanted, rtol=2**-22 + torch.finfo(dtype).eps, atol=0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(64, 64), (320, 768), (33, 127)])
 def test_the_bytes_are_counted_as_they_lie_in_memory(kind, shape):
