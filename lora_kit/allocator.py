@@ -9,13 +9,21 @@ of bf16 weight into oneDNN's layout in every call, and each time the kernel has 
 Kept in one heap with them, weights would stand between gaps: those of what they were cast or quantised from. Every
 block looks for the gap that fits it best, so that steps come to use nearly all of them, and all stay resident
 (docs/benchmarks/memory.md).
+
+Each thread also holds back up to seven freed blocks of each small size for itself (glibc's tcache). torch asks for
+aligned memory, and glibc cuts off what a block has too much at its end. Those ends are small: held back, handed out and
+held back again, they are never joined to the block that they were cut from, which is then too short for the next tensor
+of its own size. So commands run with one held back instead of seven. Only a process's environment can tell glibc that
+(GNU C Library manual, "Memory Allocation Tunables"): hence `restart_with_few_held_back`.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Callable, Generator
+import os
+import sys
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from functools import cache
 
@@ -25,6 +33,8 @@ _KEPT = 2**27
 other tensors could follow in: kept, they would stand beside the memory that those take."""
 _APART = 2**17  # glibc's own threshold at a process's start
 _NEVER = 2**31 - 1  # mallopt takes an int
+_TUNABLES, _HELD_BACK = "GLIBC_TUNABLES", "glibc.malloc.tcache_count"
+_RESTARTED = "LORA_KIT_RESTARTED"  # glibc takes its own variable from a process with more rights than its user's
 
 
 class _Kept:
@@ -75,6 +85,32 @@ def give_back_freed() -> None:
     if trim is not None:
         gc.collect()
         trim(0)
+
+
+def few_held_back(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a process whose threads hold one freed block of each small size back, not seven. What it says
+    of that already stays (`GLIBC_TUNABLES=glibc.malloc.tcache_count=7` is glibc's own)."""
+    said = environment.get(_TUNABLES, "")
+    if _HELD_BACK in said:
+        return dict(environment)
+    return {**environment, _TUNABLES: ":".join(filter(None, [said, f"{_HELD_BACK}=1"]))}
+
+
+def restart_with_few_held_back() -> None:
+    """Begin this process anew in that environment, the same process with the same arguments, if it is not in it yet.
+
+    For a command's very first lines: nothing that was done before it remains. Costs a start of the interpreter, some
+    40 ms. Where the C library is another, or the system does not let it, nothing happens.
+    """
+    environment = few_held_back(os.environ)
+    if environment == dict(os.environ) or _RESTARTED in os.environ or not sys.executable or not sys.orig_argv:
+        return
+    if _function("malloc_trim") is None:
+        return
+    try:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**environment, _RESTARTED: "1"})
+    except OSError:
+        return  # the run takes more memory, and is the same
 
 
 @cache

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 
-from lora_kit.cli.main import main
+from lora_kit.__main__ import console
 
 if __name__ == "__main__":
-    main(["train", *sys.argv[1:]])
+    console(["train", *sys.argv[1:]])

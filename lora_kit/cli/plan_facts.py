@@ -39,6 +39,8 @@ class Memory(NamedTuple):
     """Of these, what autograd keeps from the forward pass for the backward pass."""
     libraries: int | None = None
     """Interpreter and libraries on a CPU; 0 on a GPU, where only tensors count."""
+    kernels: int = 0
+    """Of these, what comes with the first step: kernels' code."""
     encoding: int | None = None
     """What encoding pictures adds at the start; 0 where nothing is kept of them."""
     measuring: int = 0
@@ -68,7 +70,7 @@ class Memory(NamedTuple):
         held = base + self.frozen + self.weights
         kept = held + self.moments + self.average
         found = {
-            "start": max(self._loading(base), held + self.measuring),
+            "start": max(self._loading(base), held + self.measuring) - self.kernels,
             "steps": kept - (self.rested or 0) + self.gradients + self.activations,
         }
         most = max(self.measuring, self.drawing)

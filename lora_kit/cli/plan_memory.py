@@ -22,7 +22,7 @@ def with_step(held: Memory, recipe: Recipe, plan: TargetPlan, few_bits: Quantise
     """
     from lora_kit.training.reckoning.libraries import measuring_libraries
 
-    with measuring_libraries(recipe, import_environment(recipe)) as libraries:
+    with measuring_libraries(recipe, plan, import_environment(recipe)) as libraries:
         with quick_imports(compiles=uses_bitsandbytes(recipe)):
             from lora_kit.training.reckoning.fake_step import reckon
 
@@ -30,6 +30,7 @@ def with_step(held: Memory, recipe: Recipe, plan: TargetPlan, few_bits: Quantise
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         found = reckon(recipe, plan, few_bits, device, samples)
+        own = libraries() if device == "cpu" else None
         return held._replace(
             saved=found.saved,
             # At the end of the forward pass all that is saved lives; gradients come as it goes.
@@ -40,7 +41,8 @@ def with_step(held: Memory, recipe: Recipe, plan: TargetPlan, few_bits: Quantise
             rested=found.rested,
             kept=found.kept if device == "cpu" else 0,
             waiting=found.waiting,
-            libraries=libraries() if device == "cpu" else 0,
+            libraries=own.all if own is not None else 0,
+            kernels=own.steps if own is not None else 0,
             device=device,
         )
 

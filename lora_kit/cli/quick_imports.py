@@ -14,6 +14,8 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from lora_kit.allocator import few_held_back
+
 if TYPE_CHECKING:
     from lora_kit.recipe import Recipe
 
@@ -50,8 +52,9 @@ def quick_imports(*, compiles: bool = False) -> Generator[None]:
 
 
 def import_environment(recipe: Recipe) -> dict[str, str]:
-    """Variables of a process that imports as a run of this recipe does under `quick_imports`, and compiles nothing."""
-    return {**os.environ, **({} if uses_bitsandbytes(recipe) else {_COMPILER_OFF: "1"})}
+    """Variables of a process that imports as a run of this recipe does under `quick_imports`, compiles nothing, and has
+    a command's allocator."""
+    return {**few_held_back(os.environ), **({} if uses_bitsandbytes(recipe) else {_COMPILER_OFF: "1"})}
 
 
 def uses_bitsandbytes(recipe: Recipe) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -133,7 +134,10 @@ def _trained(recipe: str, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _output(arguments: list[str]) -> str:
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+    from lora_kit.allocator import few_held_back
+
+    environment = few_held_back(os.environ)  # as commands do
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr}")
     return done.stdout
