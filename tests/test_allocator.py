@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from lora_kit import __main__ as program
+from lora_kit import allocator
 
 PASSES = """
 import resource, sys
@@ -86,3 +91,75 @@ print(gaps, resident() - before - weights - gaps)
     size = 2**23
     assert left["apart"][0] < size / 2 <= left["together"][0]
     assert left["apart"][1] >= 2**25  # a large block outside is kept again
+
+
+RESTARTED = """
+import os, sys
+from lora_kit.allocator import restart_with_few_held_back
+print("begun", os.getpid(), flush=True)
+restart_with_few_held_back()
+print([os.environ.get("GLIBC_TUNABLES"), *sys.argv[1:], input()])
+"""
+
+
+def restarted(place: Path, **environment: str) -> list[str]:
+    """What a process says that restarts itself, given two arguments and a line to read."""
+    script = place / "own.py"
+    script.write_text(RESTARTED)
+    own = {name: value for name, value in os.environ.items() if name not in ("GLIBC_TUNABLES", "LORA_KIT_RESTARTED")}
+    command = [sys.executable, str(script), "two words", "--flag"]
+    done = subprocess.run(
+        command, input="typed\n", capture_output=True, text=True, check=True, env={**own, **environment}
+    )
+    return done.stdout.splitlines()
+
+
+@GLIBC
+def test_a_restarted_process_is_the_same_one_with_its_arguments_and_input(tmp_path: Path) -> None:
+    *begun, end = restarted(tmp_path)
+    assert len(begun) == 2 and begun[0] == begun[1]  # one process number: whoever waits for it sees nothing
+    assert end == "['glibc.malloc.tcache_count=1', 'two words', '--flag', 'typed']"
+
+
+@GLIBC
+def test_what_the_user_told_glibc_stays(tmp_path: Path) -> None:
+    *begun, end = restarted(tmp_path, GLIBC_TUNABLES="glibc.malloc.tcache_count=7")
+    assert len(begun) == 1 and end.startswith("['glibc.malloc.tcache_count=7',")
+    *begun, end = restarted(tmp_path, GLIBC_TUNABLES="glibc.malloc.hugetlb=1")
+    assert len(begun) == 2 and end.startswith("['glibc.malloc.hugetlb=1:glibc.malloc.tcache_count=1',")
+
+
+@GLIBC
+def test_a_process_whose_environment_does_not_stay_restarts_once(tmp_path: Path) -> None:
+    """As one with more rights than its user's, from which glibc takes its variable: it would restart for ever."""
+    assert len(restarted(tmp_path, LORA_KIT_RESTARTED="1")) == 2
+
+
+@pytest.mark.parametrize("why", ["no room", "another C library"])
+def test_where_there_is_no_restarting_the_run_goes_on(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    asked = list[object]()
+
+    def refused(*arguments: object) -> None:
+        asked.append(arguments)
+        raise OSError("Argument list too long")
+
+    monkeypatch.setattr(os, "execve", refused)
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.delenv("LORA_KIT_RESTARTED", raising=False)
+    monkeypatch.setattr(allocator, "_function", lambda _: None if why == "another C library" else print)
+    allocator.restart_with_few_held_back()
+    assert len(asked) == (why == "no room")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "restarts"),
+    [(["--help"], False), (["plan", "a.yaml"], False), (["plan", "a.yaml", "--probe"], True), (["train", "a"], True)],
+)
+def test_commands_restart_that_compute_with_whole_networks(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], restarts: bool
+) -> None:
+    asked = list[bool]()
+    monkeypatch.setattr(allocator, "restart_with_few_held_back", lambda: asked.append(True))
+    monkeypatch.setattr(program, "main", asked.append)
+    program.console(arguments)
+    assert asked == [True] * restarts + [arguments]

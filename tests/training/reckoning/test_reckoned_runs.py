@@ -10,16 +10,31 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 QUICKSTART = Path(__file__).resolve().parents[3] / "recipes" / "quickstart.yaml"
 SHORT = ("train.max_steps=3", "schedule.warmup_steps=1", "save.every=0", "validation={every: 0}")
 
 
+BF16 = pytest.mark.skipif(
+    not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+    reason="torch's own kernels compute bf16, and their code is not oneDNN's",
+)
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells a process's peaks")
-def test_the_quickstart_takes_what_is_reckoned_within_15_percent(tmp_path: Path) -> None:
-    told = _run("plan", *SHORT, "--memory", "--json")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param((), id="as it is"),
+        pytest.param(("train.gradient_checkpointing=true",), id="checkpoints"),
+        pytest.param(("train.mixed_precision=bf16",), marks=BF16, id="bf16"),
+    ],
+)
+def test_the_quickstart_takes_what_is_reckoned_within_15_percent(tmp_path: Path, changes: tuple[str, ...]) -> None:
+    told = _run("plan", *SHORT, *changes, "--memory", "--json")
     reckoned = json.loads(told.stdout)["memory_bytes"]["expected_peaks"]
-    done = _run("train", *SHORT, f"output_dir={tmp_path / 'run'}")
+    done = _run("train", *SHORT, *changes, f"output_dir={tmp_path / 'run'}")
     line = next(line for line in (done.stdout + done.stderr).splitlines() if line.startswith("peak memory: "))
     taken = {stage: int(size.replace(",", "")) * 2**20 for stage, size in re.findall(r"(\w+) ([\d,]+)[,;]", line)}
     for stage in ("start", "steps"):
