@@ -10,6 +10,7 @@ and numbers are PEFT's; whatever else a PEFT layer may be asked for goes to PEFT
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -123,7 +124,10 @@ def _common_dtype(x: Tensor, plain: Plain | None) -> torch.dtype | None:
 
 
 class _Linear(torch.autograd.Function):
-    """x [..., in], weight [out, in], bias [out] or None, all of one precision; down [r, in], up [out, r] of any."""
+    """x [..., in], weight [out, in], bias [out] or None, all of one precision; down [r, in], up [out, r] of any.
+
+    Autocast, where it is on, asks for that same precision (`_common_dtype`): its casts change nothing.
+    """
 
     @staticmethod
     def forward(
@@ -131,11 +135,15 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.scale, ctx.precision = scale, down.dtype
         down, up = down.to(x.dtype), up.to(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            y = functional.linear(x, weight, bias) if isinstance(weight, Tensor) else weight.times(x)
-            inner = x.reshape(-1, x.shape[-1]) @ down.t()
-            y.view(-1, y.shape[-1]).addmm_(inner, up.t(), alpha=scale)
-        plain, ctx.layer = (weight, None) if isinstance(weight, Tensor) else (None, weight)
+        if isinstance(weight, Tensor):
+            plain, ctx.layer = weight, None
+            y = functional.linear(x, weight, bias)
+        else:
+            plain, ctx.layer = None, weight
+            with torch.autocast(x.device.type, enabled=False):
+                y = weight.times(x)
+        inner = x.reshape(-1, x.shape[-1]) @ down.t()
+        y.view(-1, y.shape[-1]).addmm_(inner, up.t(), alpha=scale)
         ctx.save_for_backward(x, plain, down, up, inner)
         return y
 
@@ -145,7 +153,7 @@ class _Linear(torch.autograd.Function):
         x, weight, down, up, inner = ctx.saved_tensors
         needs = ctx.needs_input_grad
         rows = dy.reshape(-1, dy.shape[-1])
-        with torch.autocast(dy.device.type, enabled=False):
+        with _without_autocast(dy):
             d_inner = _scaled(rows @ up, ctx.scale)
             d_up = _scaled(rows.t() @ inner, ctx.scale).to(ctx.precision) if needs[4] else None
             d_down = (d_inner.t() @ x.reshape(-1, x.shape[-1])).to(ctx.precision) if needs[3] else None
@@ -157,23 +165,23 @@ class _Linear(torch.autograd.Function):
 
 
 class _Conv(torch.autograd.Function):
-    """x [b, in, h, w], weight [out, in, kh, kw], bias [out] or None; down [r, in, kh, kw], up [out, r, 1, 1]."""
+    """x [b, in, h, w], weight [out, in, kh, kw], bias [out] or None; down [r, in, kh, kw], up [out, r, 1, 1]; as in
+    `_Linear`. A down that lies in channels-last memory is not laid out anew, nor is its gradient."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float, window: Any
     ) -> Tensor:
         ctx.scale, ctx.window, ctx.precision = scale, window, down.dtype
-        down, up = down.to(x.dtype), up.to(x.dtype)
+        down, up = down.to(x.dtype, memory_format=torch.channels_last), up.to(x.dtype).flatten(1)
         stride, padding = window
-        with torch.autocast(x.device.type, enabled=False):
-            y = functional.conv2d(x, weight, bias, stride, padding)
-            inner = functional.conv2d(x, down, None, stride, padding)
-            rows = _rows_of(y)
-            if rows is None:
-                y.add_(functional.conv2d(inner, up), alpha=scale)
-            else:
-                rows.addmm_(_as_rows(inner), up.flatten(1).t(), alpha=scale)
+        y = functional.conv2d(x, weight, bias, stride, padding)
+        inner = _as_rows(functional.conv2d(x, down, None, stride, padding))
+        rows = _rows_of(y)
+        if rows is None:
+            y.add_(_as_pictures(inner @ up.t(), y.shape), alpha=scale)
+        else:
+            rows.addmm_(inner, up.t(), alpha=scale)
         ctx.save_for_backward(x, weight, down, up, inner)
         return y
 
@@ -182,15 +190,21 @@ class _Conv(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, down, up, inner = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        with torch.autocast(dy.device.type, enabled=False):
+        with _without_autocast(dy):
             rows = _as_rows(dy)
-            d_inner = _like(_scaled(rows @ up.flatten(1), ctx.scale), inner)
-            d_up = None
-            if needs[4]:
-                d_up = _scaled(rows.t() @ _as_rows(inner), ctx.scale).view(up.shape).to(ctx.precision)
+            d_inner = _scaled(rows @ up, ctx.scale)
+            d_up = _scaled(rows.t() @ inner, ctx.scale).to(ctx.precision)[..., None, None] if needs[4] else None
             dx = _conv_backward(dy, x, weight, ctx.window, (needs[0], False))[0] if needs[0] else None
-            dx, d_down = _down_backward(d_inner, x, down, ctx.window, dx, needs[3])
-        return dx, None, None, None if d_down is None else d_down.to(ctx.precision), d_up, None, None
+            d_inner = d_inner.view(dy.shape[0], *dy.shape[2:], -1)
+            dx, d_down = _down_backward(d_inner, x, down, ctx.window, dx, ctx.precision if needs[3] else None)
+        return dx, None, None, d_down, d_up, None, None
+
+
+def _without_autocast(dy: Tensor) -> AbstractContextManager[Any]:
+    """A backward pass is in the precision of its forward pass, whatever surrounds it. Autocast is seldom on there, and
+    turning it off takes as long as a small product."""
+    device = dy.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _scaled(made: Tensor, scale: float) -> Tensor:
@@ -198,40 +212,51 @@ def _scaled(made: Tensor, scale: float) -> Tensor:
 
 
 def _down_backward(
-    d_inner: Tensor, x: Tensor, down: Tensor, window: Any, dx: Tensor | None, wants_down: bool
+    d_inner: Tensor, x: Tensor, down: Tensor, window: Any, dx: Tensor | None, precision: torch.dtype | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dx with the first factor's part added, and the first factor's gradient.
+    """dx with the first factor's part added, and the first factor's gradient in `precision` (None: it is not wanted).
 
-    A convolution to r channels leaves most of a processor idle. Its gradients are matrix products once the r channels
-    of d_inner (not the many of x) are laid out tap by tap: both come from the same [b·h·w, kh·kw·r].
+    d_inner [b, h', w', r]. A convolution to r channels leaves most of a processor idle. Its gradients are matrix
+    products once the r channels of d_inner (not the many of x) are laid out tap by tap: both come from the same
+    [b·h·w, kh·kw·r].
     """
-    taps = _taps(d_inner, down.shape[2:], window)
+    r, channels, height, width = down.shape
+    taps = _taps(d_inner, x.shape[2:], (height, width), window)
     rows = None if dx is None else _rows_of(dx)
     if taps is None or (dx is not None and rows is None):
-        more, d_down = _conv_backward(d_inner, x, down, window, (dx is not None, wants_down))
-        return (dx.add_(more) if dx is not None and more is not None else None), d_down
-    r, channels, height, width = down.shape
+        wanted = (dx is not None, precision is not None)
+        more, d_down = _conv_backward(d_inner.permute(0, 3, 1, 2), x, down, window, wanted)
+        dx = dx.add_(more) if dx is not None and more is not None else None
+        return dx, None if precision is None or d_down is None else d_down.to(precision)
     if rows is not None:
-        rows.addmm_(taps, down.flip(2, 3).permute(2, 3, 0, 1).reshape(-1, channels))
-    if not wants_down:
+        rows.addmm_(taps, down.permute(2, 3, 0, 1).reshape(-1, channels))
+    if precision is None:
         return dx, None
-    d_down = (taps.t() @ _as_rows(x)).view(height, width, r, channels)
-    return dx, d_down.flip(0, 1).permute(2, 3, 0, 1)
+    d_down = (taps.t() @ _as_rows(x)).view(height, width, r, channels).permute(2, 3, 0, 1)
+    return dx, d_down.to(precision, memory_format=torch.channels_last)
 
 
-def _taps(d_inner: Tensor, kernel: Any, window: Any) -> Tensor | None:
-    """d_inner [b, r, h, w] as [b·h·w, kh·kw·r]: what each place of the input got from its neighbours, the last tap
-    first. None for a strided convolution, whose places do not match."""
+def _taps(d_inner: Tensor, places: Any, kernel: tuple[int, int], window: Any) -> Tensor | None:
+    """d_inner [b, h', w', r] as [b·h·w, kh·kw·r]: what each of the `places` [h, w] of the input got through each tap.
+    None where padding goes beyond the kernel.
+
+    Through tap u, place i of the input goes to place (i + padding - u) / stride of the output, where that is whole.
+    """
     (stride, padding), edges = window, []
-    if tuple(stride) != (1, 1) or any(pad >= size for size, pad in zip(kernel, padding, strict=True)):
+    if kernel == (1, 1) and tuple(stride) == (1, 1) and tuple(padding) == (0, 0):
+        return d_inner.flatten(0, 2)
+    if any(pad >= size for size, pad in zip(kernel, padding, strict=True)):
         return None
-    for size, pad in zip(kernel, padding, strict=True):
-        edges = [size - 1 - pad, size - 1 - pad, *edges]
-    if tuple(kernel) == (1, 1):
-        return _as_rows(d_inner)
-    padded = functional.pad(d_inner.permute(0, 2, 3, 1), (0, 0, *edges))
-    places = padded.unfold(1, kernel[0], 1).unfold(2, kernel[1], 1).permute(0, 1, 2, 4, 5, 3)
-    return places.reshape(-1, kernel[0] * kernel[1] * d_inner.shape[1])
+    spread = d_inner
+    if tuple(stride) != (1, 1):
+        b, height, width, r = d_inner.shape
+        spread = d_inner.new_zeros(b, (height - 1) * stride[0] + 1, (width - 1) * stride[1] + 1, r)
+        spread[:, :: stride[0], :: stride[1]] = d_inner
+    for size, pad, place, there in zip(kernel, padding, places, spread.shape[1:3], strict=True):
+        edges = [size - 1 - pad, place + pad - there, *edges]
+    spread = functional.pad(spread, (0, 0, *edges))
+    taps = spread.unfold(1, kernel[0], 1).unfold(2, kernel[1], 1).permute(0, 1, 2, 4, 5, 3)
+    return taps.flip(3, 4).reshape(-1, kernel[0] * kernel[1] * d_inner.shape[3])
 
 
 def _conv_backward(
@@ -255,7 +280,7 @@ def _as_rows(y: Tensor) -> Tensor:
     return y.permute(0, 2, 3, 1).reshape(-1, y.shape[1])
 
 
-def _like(rows: Tensor, shape: Tensor) -> Tensor:
+def _as_pictures(rows: Tensor, shape: torch.Size) -> Tensor:
     """[b·h·w, c] as [b, c, h, w], channels last."""
-    b, c, h, w = shape.shape
+    b, c, h, w = shape
     return rows.view(b, h, w, c).permute(0, 3, 1, 2)

@@ -13,7 +13,8 @@ is a cold process of its own, by turns; of several repeats the fastest counts. N
 Ratios are of pictures a second, to diffusers + PEFT with autocast over fp32 (`--precision no`: in fp32 throughout) and
 the same targets. The steady step is the median over the run's second half. Loss: mean of the first and the last 50
 steps, of each one's own draws; held-out loss: of the saved files, by one measure (job/judge.py). Memory as in merge.py:
-resident counts the mapped base's pages.
+resident counts the mapped base's pages. Below the table: what as many bare passes of the frozen network would take
+(job/bare.py), beside half of the reference's time, which is the goal.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ import json
 import os
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from job.jobs import Contender, Job, command, contenders, quickstart, sd15
+from job.jobs import BARE, Contender, Job, command, contenders, quickstart, sd15, settings
 from merge import Cost, measure
 
 from lora_kit.targeting import plan_from_json
@@ -114,7 +117,22 @@ def rows(job: Job, asked: list[Contender], best: dict[Contender, Run]) -> list[s
     return found
 
 
-def run_job(job: Job, only: str, repeats: int, root: Path, precision: str = "bf16") -> list[str]:
+def bare_passes(job: Job, ours: Contender, seconds: list[float], root: Path) -> str:
+    """The least that the job's steps could take, in words. seconds: of the references' processes."""
+    root.mkdir()
+    path = root / "settings.json"
+    path.write_text(json.dumps(settings(job, ours, root)))
+    subprocess.run([sys.executable, str(BARE), str(path)], check=True)
+    each, steps = json.loads((root / "bare.json").read_text()), job.recipe.train.max_steps
+    halves = ", ".join(f"{reference / 2:.1f}" for reference in seconds) or "–"
+    return (
+        f"{job.name}: {steps} bare passes of the frozen network at {each:.3f} s would take {steps * each:.1f} s; half "
+        f"of the reference's time is {halves} s"
+    )
+
+
+def run_job(job: Job, only: str, repeats: int, root: Path, precision: str = "bf16") -> tuple[list[str], str]:
+    """The table's rows, and the line below it."""
     asked = [one for one in contenders(job, precision) if only in f"{one.targets} {one.name}"]
     runs: dict[Contender, list[Run]] = {one: [] for one in asked}
     for repeat in range(repeats):
@@ -126,7 +144,9 @@ def run_job(job: Job, only: str, repeats: int, root: Path, precision: str = "bf1
     for targets in ("attention", "all"):
         counts = {run.trained for one, run in best.items() if one.targets == targets}
         assert len(counts) <= 1, f"{job.name}, {targets}: the contenders train {counts} numbers"
-    return rows(job, asked, best)
+    ours = next(one for one in contenders(job, precision) if one.method == "lora_kit")
+    references = [run.cost.seconds for one, run in best.items() if one.is_reference]
+    return rows(job, asked, best), bare_passes(job, ours, references, root / f"{job.name}-bare".replace(" ", ""))
 
 
 def main() -> None:
@@ -138,14 +158,15 @@ def main() -> None:
         "sd15": lambda: sd15(sd15_steps, options.work, options.quick, options.precision),
     }
     print(f"{os.cpu_count()} cores, load before: {os.getloadavg()[0]:.1f}\n")
-    found = list[str]()
+    found, floors = list[str](), list[str]()
     for name in options.jobs.split(","):
         job = builders[name]()
         print(f"{job.name}: {job.recipe.train.max_steps} steps, batch {job.recipe.data.batch_size}", flush=True)
         with tempfile.TemporaryDirectory(dir=options.work) as folder:
-            found += run_job(job, options.only, options.repeats, Path(folder), options.precision)
+            told, floor = run_job(job, options.only, options.repeats, Path(folder), options.precision)
+            found, floors = [*found, *told], [*floors, floor]
     print(f"\n| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
-    print("\n".join(found))
+    print("\n".join([*found, "", *floors]))
 
 
 def _options() -> argparse.Namespace:

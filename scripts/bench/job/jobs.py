@@ -13,7 +13,7 @@ from lora_kit.recipe import Recipe, load_recipe
 ROOT = Path(__file__).resolve().parents[3]
 RECIPE = ROOT / "recipes" / "quickstart.yaml"
 TINY = ROOT / "lora_kit" / "assets" / "tiny_base"
-PLAIN = Path(__file__).with_name("plain.py")
+PLAIN, BARE = (Path(__file__).with_name(name) for name in ("plain.py", "bare.py"))
 BUILD = """
 import sys
 import torch
