@@ -78,9 +78,9 @@ def main() -> None:
     print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
     for base in options.bases.split(","):
         for preset in options.targets.split(","):
-            network = _network(base, options)
-            modules = _adapt(network, preset)
-            times = measure(network, _inputs(base, options), options.rounds)
+            network = network_of(base, options)
+            modules = adapt(network, preset)
+            times = measure(network, inputs_of(base, options), options.rounds)
             row = (base, options.pixels, preset, modules, *(f"{figure:.3f}" for figure in figures(times)))
             print(f"| {' | '.join(map(str, row))} |", flush=True)
             del network
@@ -99,20 +99,20 @@ def measure(network: nn.Module, inputs: Inputs, rounds: int) -> Times:
     optimizer = torch.optim.AdamW(trainable, lr=1e-5, fused=True)
 
     def train() -> None:
-        _forward_backward(network, inputs)
+        forward_backward(network, inputs)
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     def floor() -> None:
-        _forward_backward(network, inputs._replace(latents=inputs.latents.detach().requires_grad_()))
+        forward_backward(network, inputs._replace(latents=inputs.latents.detach().requires_grad_()))
 
     components = {"unet": network}
     found = Times([], [], [], [])
     for index in range(rounds + 1):
         set_scale(components, {})
         map_large_blocks()
-        seconds = [_timed(floor)]
+        seconds = [timed(floor)]
         keep_freed_blocks()
         seconds.append(_second(floor))
         set_scale(components, {"default": 1.0})
@@ -132,7 +132,7 @@ def map_large_blocks() -> None:
     glibc.malloc_trim(0)
 
 
-def _forward_backward(network: nn.Module, inputs: Inputs) -> None:
+def forward_backward(network: nn.Module, inputs: Inputs) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=inputs.latents.dtype == torch.bfloat16):
         predicted = network(inputs.latents, inputs.time, inputs.states).sample
     (predicted.float() - inputs.wanted).square().mean().backward()
@@ -141,10 +141,10 @@ def _forward_backward(network: nn.Module, inputs: Inputs) -> None:
 def _second(work: Callable[[], None]) -> float:
     """Of the second time: the first finds what another left of the heap, where its own blocks are not there yet."""
     work()
-    return _timed(work)
+    return timed(work)
 
 
-def _timed(work: Callable[[], None]) -> float:
+def timed(work: Callable[[], None]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
@@ -159,21 +159,21 @@ def _swap(network: nn.Module, joins: bool) -> None:
             module.__class__ = JoinedConv2d if joins else Conv2d
 
 
-def _network(base: str, options: argparse.Namespace) -> nn.Module:
+def network_of(base: str, options: argparse.Namespace) -> nn.Module:
     torch.manual_seed(0)
     with torch.no_grad():
         network: Any = UNet2DConditionModel(**{**CONFIGS[base], **(SMALL if options.quick else {})})
     return network.to(DTYPES[options.precision]).to(memory_format=torch.channels_last).requires_grad_(False)
 
 
-def _adapt(network: nn.Module, preset: str) -> int:
+def adapt(network: nn.Module, preset: str) -> int:
     components = {"unet": network}
     plan = make_plan(PresetRules.model_validate({"preset": preset, "rank": 16}), module_tree(components))
     inject(components, plan)
     return len(plan.targets)
 
 
-def _inputs(base: str, options: argparse.Namespace) -> Inputs:
+def inputs_of(base: str, options: argparse.Namespace) -> Inputs:
     torch.manual_seed(1)
     side, batch, dtype = options.pixels // 8, options.batch, DTYPES[options.precision]
     latents = torch.randn(batch, 4, side, side).to(dtype).to(memory_format=torch.channels_last)

@@ -117,22 +117,25 @@ def rows(job: Job, asked: list[Contender], best: dict[Contender, Run]) -> list[s
     return found
 
 
-def bare_passes(job: Job, ours: Contender, seconds: list[float], root: Path) -> str:
-    """The least that the job's steps could take, in words. seconds: of the references' processes."""
+def bare_passes(job: Job, ours: Contender, reference: float | None, root: Path) -> str:
+    """The least that the job's steps could take, in words. reference: seconds of the process that `ours` is compared
+    with."""
     root.mkdir()
     path = root / "settings.json"
     path.write_text(json.dumps(settings(job, ours, root)))
     subprocess.run([sys.executable, str(BARE), str(path)], check=True)
-    each, steps = json.loads((root / "bare.json").read_text()), job.recipe.train.max_steps
-    halves = ", ".join(f"{reference / 2:.1f}" for reference in seconds) or "–"
-    return (
-        f"{job.name}: {steps} bare passes of the frozen network at {each:.3f} s would take {steps * each:.1f} s; half "
-        f"of the reference's time is {halves} s"
+    bare, steps = json.loads((root / "bare.json").read_text()), job.recipe.train.max_steps
+    least = steps * bare["seconds"]
+    said = (
+        f"{job.name}, {ours.targets}: {steps} bare passes of the frozen network, {bare['seconds']:.3f} s each, take "
+        f"{least:.1f} s; an adapted step has {bare['work']:.3f} times as many multiplications, at that rate "
+        f"{least * bare['work']:.1f} s"
     )
+    return said if reference is None else f"{said}; half of the reference's time: {reference / 2:.1f} s"
 
 
-def run_job(job: Job, only: str, repeats: int, root: Path, precision: str = "bf16") -> tuple[list[str], str]:
-    """The table's rows, and the line below it."""
+def run_job(job: Job, only: str, repeats: int, root: Path, precision: str = "bf16") -> tuple[list[str], list[str]]:
+    """The table's rows, and the lines below it."""
     asked = [one for one in contenders(job, precision) if only in f"{one.targets} {one.name}"]
     runs: dict[Contender, list[Run]] = {one: [] for one in asked}
     for repeat in range(repeats):
@@ -144,9 +147,12 @@ def run_job(job: Job, only: str, repeats: int, root: Path, precision: str = "bf1
     for targets in ("attention", "all"):
         counts = {run.trained for one, run in best.items() if one.targets == targets}
         assert len(counts) <= 1, f"{job.name}, {targets}: the contenders train {counts} numbers"
-    ours = next(one for one in contenders(job, precision) if one.method == "lora_kit")
-    references = [run.cost.seconds for one, run in best.items() if one.is_reference]
-    return rows(job, asked, best), bare_passes(job, ours, references, root / f"{job.name}-bare".replace(" ", ""))
+    floors: list[str] = []
+    for number, one in enumerate(one for one in asked if one.method == "lora_kit" and one.overrides):
+        same = [run for other, run in best.items() if other.is_reference and other.targets == one.targets]
+        root_of_it = root / f"{job.name}-bare-{number}".replace(" ", "")
+        floors.append(bare_passes(job, one, same[0].cost.seconds if same else None, root_of_it))
+    return rows(job, asked, best), floors
 
 
 def main() -> None:
@@ -163,8 +169,8 @@ def main() -> None:
         job = builders[name]()
         print(f"{job.name}: {job.recipe.train.max_steps} steps, batch {job.recipe.data.batch_size}", flush=True)
         with tempfile.TemporaryDirectory(dir=options.work) as folder:
-            told, floor = run_job(job, options.only, options.repeats, Path(folder), options.precision)
-            found, floors = [*found, *told], [*floors, floor]
+            made = run_job(job, options.only, options.repeats, Path(folder), options.precision)
+            found, floors = [*found, *made[0]], [*floors, *made[1]]
     print(f"\n| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
     print("\n".join([*found, "", *floors]))
 

@@ -81,6 +81,40 @@ def test_fp32_is_pefts_within_rounding(kind: str, layout: torch.memory_format) -
     assert any(value > 0 for value in off.values()) or kind == "no bias"  # it was another computation
 
 
+@pytest.mark.parametrize("kind", ["3x3", "strided", "1x1"])
+def test_a_convolutions_first_factor_and_its_gradient_lie_channels_last(kind: str) -> None:
+    components = adapted(kind, torch.bfloat16, torch.channels_last)
+    (down,) = (one for name, one in components["unet"].named_parameters() if "lora_A" in name)
+    results(components, inputs(kind, torch.bfloat16), peft=False, autocast=True)
+    assert down.grad is not None
+    assert down.is_contiguous(memory_format=torch.channels_last)
+    assert down.grad.stride() == down.stride()  # so that autograd and the optimizer take it as it is
+
+
+@pytest.mark.parametrize("kernel", [(3, 3), (5, 3), (1, 1), (2, 4)])
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2), (3, 1)])
+@pytest.mark.parametrize("padding", [(0, 0), (1, 0), (2, 2)])
+def test_a_convolutions_gradients_by_taps_are_torchs(kernel: Any, stride: Any, padding: Any) -> None:
+    """In float64, whatever is left over at the edges; padding beyond the kernel goes to torch's own kernel."""
+    chance = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        drawn = torch.randn(shape, generator=chance, dtype=torch.float64)
+        return drawn.to(memory_format=torch.channels_last).requires_grad_()
+
+    x, down, up, weight = draw(2, 3, 9, 8), draw(2, 3, *kernel), draw(4, 2, 1, 1), draw(4, 3, *kernel).detach()
+    module: Any = joined
+    y = module._Conv.apply(x, weight, None, down, up, 0.7, (stride, padding))
+    conv = nn.functional.conv2d
+    wanted = conv(x, weight, None, stride, padding) + 0.7 * conv(conv(x, down, None, stride, padding), up)
+    dy = draw(*y.shape).detach()
+    assert torch.allclose(y, wanted, rtol=1e-12, atol=1e-12)
+    for got, exact in zip(
+        torch.autograd.grad(y, [x, down, up], dy), torch.autograd.grad(wanted, [x, down, up], dy), strict=True
+    ):
+        assert torch.allclose(got, exact, rtol=1e-12, atol=1e-12)  # sums of some hundred products, rounded at 2e-16
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 def test_bf16_is_at_least_as_near_to_the_truth_as_peft_is(kind: str) -> None:
     components = adapted(kind, torch.bfloat16, torch.channels_last)
@@ -143,6 +177,24 @@ def test_over_a_quantised_layer_the_input_is_kept_once_and_no_weight(bits: str) 
     # The factors in the precision of the product, what lies between them, and the input.
     assert sorted(one.numel() for one in kept) == sorted([x.numel(), 24 * RANK, 40 * RANK, 3 * 7 * RANK])
     assert any(one.data_ptr() == x.data_ptr() for one in kept)
+
+
+@pytest.mark.parametrize("kind", ["linear", "3x3"])
+def test_autocast_around_the_backward_pass_changes_nothing(kind: str) -> None:
+    """A forward pass in fp32 has its backward pass in fp32."""
+    components = adapted(kind, torch.float32, torch.channels_last)
+    layer: Any = components["unet"]["layer"]  # pyright: ignore[reportIndexIssue]
+    found: list[list[Tensor]] = []
+    for around in (False, True):
+        x = inputs(kind, torch.float32)
+        layer.zero_grad()
+        loss = layer(x).square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=around):
+            loss.backward()
+        assert x.grad is not None
+        found.append([x.grad, *(one.grad.clone() for one in layer.parameters() if one.grad is not None)])
+    assert len(found[0]) == 3
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_gradcheck_of_both_functions() -> None:

@@ -25,6 +25,7 @@ ENVIRONMENT = os.environ | {
     "PYTHONPATH": str(ROOT),
     "HF_HUB_OFFLINE": "1",
     "ACCELERATE_USE_CPU": "true",
+    "PYTHONFAULTHANDLER": "1",  # a process that a signal ends says where it was
 }
 # Three and two of a step's pictures, two at a time: the processes have two micro-batches and one.
 RECIPE = """

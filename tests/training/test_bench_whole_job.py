@@ -58,4 +58,4 @@ def test_every_contender_trains_and_has_a_row(tmp_path):
     assert len({row[trained] for row in rows[2:6]}) == len({row[trained] for row in rows[6:]}) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["sd15-quick"]
     floors = [line for line in done.stdout.splitlines() if "bare passes of the frozen network" in line]
-    assert [line.split(":")[0] for line in floors] == ["quickstart", "SD 1.5 size"]
+    assert [line.split(":")[0] for line in floors] == ["quickstart, attention", "SD 1.5 size, attention"]
