@@ -85,7 +85,9 @@ def _row(kind: str, layer: nn.Module, x: Tensor, times: int) -> None:
     inject_adapter_in_model(LoraConfig(r=RANK, target_modules=["0"], init_lora_weights=False), network)
     network[0].__class__ = JoinedConv2d if x.ndim == 4 else JoinedLinear
     for name, weight in network.named_parameters():
-        weight.data = weight.data.float() if "lora_" in name else weight.data
+        if "lora_" in name:  # as lora_kit lays them
+            weight.data = weight.data.float()
+            weight.data = weight.data.to(memory_format=torch.channels_last) if weight.ndim == 4 else weight.data
     adapted = _mean(passes, times)
     print(f"| {kind} | {list(x.shape)} | {base:.0f} | {adapted:.0f} | {adapted - base:.0f} |", flush=True)
 
