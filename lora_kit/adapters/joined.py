@@ -238,7 +238,7 @@ def _down_backward(
 
 
 def _last_tap_first(each: Tensor) -> Tensor:
-    """[kh·kw, …] the other way round. (`flip` takes five times as long.)"""
+    """[kh·kw, …] the other way round, row by row: on a CPU several times as fast as `flip`."""
     return each if len(each) == 1 else each.index_select(0, torch.arange(len(each) - 1, -1, -1, device=each.device))
 
 
