@@ -1,35 +1,20 @@
 """PEFT's LoRA layers with base and update computed as one operation.
 
 PEFT adds the update to the base's output in three passes over it, copies the input into the factors' precision, and
-autograd keeps that copy for each of q, k and v. Here the frozen layer and the two factors are one autograd function:
-the input is kept once, the update is accumulated into the output, and its gradient into the input's. Parameters, names
-and numbers are PEFT's; whatever else a PEFT layer may be asked for goes to PEFT's own forward.
-
-    y = W x + b + s · B (A x)        dx = Wᵀ dy + Aᵀ (s · Bᵀ dy)        (Hu et al. 2021, equation 3)
+autograd keeps that copy for each of q, k and v. Here the frozen layer and the two factors are one autograd function
+(lora_kit/adapters/joined_functions.py). Parameters, names and numbers are PEFT's; whatever else a PEFT layer may be
+asked for goes to PEFT's own forward.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.lora import Conv2d, Linear
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
-
-class FewBits(Protocol):
-    """A quantised layer (lora_kit/models/quantise.py), whose weight is there only while it computes."""
-
-    def times(self, x: Tensor) -> Tensor:
-        """x Wᵀ + b, without autograd."""
-        ...
-
-    def times_transposed(self, dy: Tensor) -> Tensor:
-        """dy W, likewise."""
-        ...
+from lora_kit.adapters.joined_functions import AdaptedConv, AdaptedLinear, FewBits
 
 
 class Plain(NamedTuple):
@@ -53,7 +38,7 @@ class JoinedLinear(Linear):
         dtype = _common_dtype(x, plain)
         if plain is None or dtype is None:
             return super().forward(x, *args, **kwargs)
-        return _run(_Linear, x.to(dtype), *plain)
+        return _run(AdaptedLinear, x.to(dtype), *plain)
 
 
 class JoinedConv2d(Conv2d):
@@ -66,7 +51,7 @@ class JoinedConv2d(Conv2d):
         base = cast(nn.Conv2d, self.base_layer)
         if plain is None or dtype is None or x.ndim != 4 or not _is_usual(base):
             return super().forward(x, *args, **kwargs)
-        return _run(_Conv, x.to(dtype), *plain, (base.stride, base.padding))
+        return _run(AdaptedConv, x.to(dtype), *plain, (base.stride, base.padding))
 
 
 def _run(function: Any, *arguments: Any) -> Tensor:
@@ -121,172 +106,3 @@ def _common_dtype(x: Tensor, plain: Plain | None) -> torch.dtype | None:
         wanted = torch.get_autocast_dtype(device)
         return wanted if held in (None, wanted) else None  # a base in another precision: autocast keeps its cast
     return x.dtype if {x.dtype} == {held or x.dtype, plain.down.dtype, plain.up.dtype} else None
-
-
-class _Linear(torch.autograd.Function):
-    """x [..., in], weight [out, in], bias [out] or None, all of one precision; down [r, in], up [out, r] of any.
-
-    Autocast, where it is on, asks for that same precision (`_common_dtype`): its casts change nothing.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | FewBits, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
-    ) -> Tensor:
-        ctx.scale, ctx.precision = scale, down.dtype
-        down, up = down.to(x.dtype), up.to(x.dtype)
-        if isinstance(weight, Tensor):
-            plain, ctx.layer = weight, None
-            y = functional.linear(x, weight, bias)
-        else:
-            plain, ctx.layer = None, weight
-            with torch.autocast(x.device.type, enabled=False):
-                y = weight.times(x)
-        inner = x.reshape(-1, x.shape[-1]) @ down.t()
-        y.view(-1, y.shape[-1]).addmm_(inner, up.t(), alpha=scale)
-        ctx.save_for_backward(x, plain, down, up, inner)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight, down, up, inner = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        rows = dy.reshape(-1, dy.shape[-1])
-        with _without_autocast(dy):
-            d_inner = _scaled(rows @ up, ctx.scale)
-            d_up = _scaled(rows.t() @ inner, ctx.scale).to(ctx.precision) if needs[4] else None
-            d_down = (d_inner.t() @ x.reshape(-1, x.shape[-1])).to(ctx.precision) if needs[3] else None
-            dx = None
-            if needs[0]:
-                dx = rows @ weight if weight is not None else ctx.layer.times_transposed(rows)
-                dx = dx.addmm_(d_inner, down).view(x.shape)
-        return dx, None, None, d_down, d_up, None
-
-
-class _Conv(torch.autograd.Function):
-    """x [b, in, h, w], weight [out, in, kh, kw], bias [out] or None; down [r, in, kh, kw], up [out, r, 1, 1]; as in
-    `_Linear`. A down that lies in channels-last memory is not laid out anew, nor is its gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float, window: Any
-    ) -> Tensor:
-        ctx.scale, ctx.window, ctx.precision = scale, window, down.dtype
-        down, up = down.to(x.dtype, memory_format=torch.channels_last), up.to(x.dtype).flatten(1)
-        stride, padding = window
-        y = functional.conv2d(x, weight, bias, stride, padding)
-        inner = _as_rows(functional.conv2d(x, down, None, stride, padding))
-        rows = _rows_of(y)
-        if rows is None:
-            y.add_(_as_pictures(inner @ up.t(), y.shape), alpha=scale)
-        else:
-            rows.addmm_(inner, up.t(), alpha=scale)
-        ctx.save_for_backward(x, weight, down, up, inner)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight, down, up, inner = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        with _without_autocast(dy):
-            rows = _as_rows(dy)
-            d_inner = _scaled(rows @ up, ctx.scale)
-            d_up = _scaled(rows.t() @ inner, ctx.scale).to(ctx.precision)[..., None, None] if needs[4] else None
-            dx = _conv_backward(dy, x, weight, ctx.window, (needs[0], False))[0] if needs[0] else None
-            d_inner = d_inner.view(dy.shape[0], *dy.shape[2:], -1)
-            dx, d_down = _down_backward(d_inner, x, down, ctx.window, dx, ctx.precision if needs[3] else None)
-        return dx, None, None, d_down, d_up, None, None
-
-
-def _without_autocast(dy: Tensor) -> AbstractContextManager[Any]:
-    """A backward pass is in the precision of its forward pass, whatever surrounds it. Autocast is seldom on there, and
-    turning it off takes as long as a small product."""
-    device = dy.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
-def _scaled(made: Tensor, scale: float) -> Tensor:
-    return made if scale == 1 else made.mul_(scale)
-
-
-def _down_backward(
-    d_inner: Tensor, x: Tensor, down: Tensor, window: Any, dx: Tensor | None, precision: torch.dtype | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """dx with the first factor's part added, and the first factor's gradient in `precision` (None: it is not wanted).
-
-    d_inner [b, h', w', r]. A convolution to r channels leaves most of a processor idle. Its gradients are matrix
-    products once the r channels of d_inner (not the many of x) are laid out tap by tap: both come from the same
-    [b·h·w, kh·kw·r].
-    """
-    r, channels, height, width = down.shape
-    taps = _taps(d_inner, x.shape[2:], (height, width), window)
-    rows = None if dx is None else _rows_of(dx)
-    if taps is None or (dx is not None and rows is None):
-        wanted = (dx is not None, precision is not None)
-        more, d_down = _conv_backward(d_inner.permute(0, 3, 1, 2), x, down, window, wanted)
-        dx = dx.add_(more) if dx is not None and more is not None else None
-        return dx, None if precision is None or d_down is None else d_down.to(precision)
-    if rows is not None:
-        rows.addmm_(taps, _last_tap_first(down.permute(2, 3, 0, 1).reshape(height * width, -1)).view(-1, channels))
-    if precision is None:
-        return dx, None
-    d_down = _last_tap_first((taps.t() @ _as_rows(x)).view(height * width, -1))
-    d_down = d_down.view(height, width, r, channels).permute(2, 3, 0, 1)
-    return dx, d_down.to(precision, memory_format=torch.channels_last)
-
-
-def _last_tap_first(each: Tensor) -> Tensor:
-    """[kh·kw, …] the other way round, row by row: on a CPU several times as fast as `flip`."""
-    return each if len(each) == 1 else each.index_select(0, torch.arange(len(each) - 1, -1, -1, device=each.device))
-
-
-def _taps(d_inner: Tensor, places: Any, kernel: tuple[int, int], window: Any) -> Tensor | None:
-    """d_inner [b, h', w', r] as [b·h·w, kh·kw·r]: what each of the `places` [h, w] of the input got through each tap,
-    the last tap first. None where padding goes beyond the kernel.
-
-    Through tap u, place i of the input goes to place (i + padding - u) / stride of the output, where that is whole.
-    """
-    (stride, padding), edges = window, []
-    if kernel == (1, 1) and tuple(stride) == (1, 1) and tuple(padding) == (0, 0):
-        return d_inner.flatten(0, 2)
-    if any(pad >= size for size, pad in zip(kernel, padding, strict=True)):
-        return None
-    spread = d_inner
-    if tuple(stride) != (1, 1):
-        b, height, width, r = d_inner.shape
-        spread = d_inner.new_zeros(b, (height - 1) * stride[0] + 1, (width - 1) * stride[1] + 1, r)
-        spread[:, :: stride[0], :: stride[1]] = d_inner
-    for size, pad, place, there in zip(kernel, padding, places, spread.shape[1:3], strict=True):
-        edges = [size - 1 - pad, place + pad - there, *edges]
-    spread = functional.pad(spread, (0, 0, *edges))
-    taps = spread.unfold(1, kernel[0], 1).unfold(2, kernel[1], 1).permute(0, 1, 2, 4, 5, 3)
-    return taps.reshape(-1, kernel[0] * kernel[1] * d_inner.shape[3])
-
-
-def _conv_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, window: Any, needs: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of conv2d's input and weight, those that are needed."""
-    stride, padding = window
-    made = torch.ops.aten.convolution_backward(
-        dy, x, weight, None, list(stride), list(padding), [1, 1], False, [0, 0], 1, [*needs, False]
-    )
-    return made[0], made[1]
-
-
-def _rows_of(y: Tensor) -> Tensor | None:
-    """[b, c, h, w] as [b·h·w, c] over the same memory, if it lies so (channels last)."""
-    last = y.permute(0, 2, 3, 1)
-    return last.view(-1, y.shape[1]) if last.is_contiguous() else None
-
-
-def _as_rows(y: Tensor) -> Tensor:
-    return y.permute(0, 2, 3, 1).reshape(-1, y.shape[1])
-
-
-def _as_pictures(rows: Tensor, shape: torch.Size) -> Tensor:
-    """[b·h·w, c] as [b, c, h, w], channels last."""
-    b, c, h, w = shape
-    return rows.view(b, h, w, c).permute(0, 3, 1, 2)

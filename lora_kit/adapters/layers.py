@@ -114,6 +114,6 @@ def _factors(down: nn.Module, up: nn.Module, weight: Tensor, target: Target, see
     key = f"{seed}:{canonical_name(target.module.name)}"
     pair = initial_pair(target.init, target.rank, weight, target.effective_alpha / target.rank, key)
     made = (pair.down.reshape(down.weight.shape), pair.up.reshape(up.weight.shape))
-    # A convolution's first factor lies as its products want it (lora_kit/adapters/joined.py).
+    # A convolution's first factor lies as its products want it (lora_kit/adapters/joined_functions.py).
     layout = torch.channels_last if weight.ndim == 4 else torch.preserve_format
     return tuple(nn.Parameter(factor.to(weight.device, memory_format=layout)) for factor in made)

@@ -11,7 +11,8 @@ from peft.tuners.lora import Conv2d, Linear
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_kit.adapters import inject, joined, set_scale
+from lora_kit.adapters import inject, set_scale
+from lora_kit.adapters.joined_functions import AdaptedConv, AdaptedLinear
 from lora_kit.adapters.layers import live_layers
 from lora_kit.models.quantise import quantised
 from lora_kit.recipe import TargetRule
@@ -105,8 +106,8 @@ def test_a_convolutions_gradients_by_taps_are_torchs(kernel: Any, stride: Any, p
         return drawn.to(memory_format=torch.channels_last).requires_grad_()
 
     x, down, up, weight = draw(2, 3, 9, 8), draw(2, 3, *kernel), draw(4, 2, 1, 1), draw(4, 3, *kernel).detach()
-    module: Any = joined
-    y = module._Conv.apply(x, weight, None, down, up, 0.7, (stride, padding))
+    function: Any = AdaptedConv
+    y = function.apply(x, weight, None, down, up, 0.7, (stride, padding))
     conv = nn.functional.conv2d
     wanted = conv(x, weight, None, stride, padding) + 0.7 * conv(conv(x, down, None, stride, padding), up)
     dy = draw(*y.shape).detach()
@@ -188,12 +189,12 @@ def test_gradcheck_of_both_functions() -> None:
         return torch.randn(shape, generator=chance, dtype=torch.float64).requires_grad_()
 
     weight = draw(5, 4).detach()
-    module: Any = joined
-    linear = module._Linear.apply
+    functions: Any = (AdaptedLinear.apply, AdaptedConv.apply)
+    linear, conv = functions
     assert torch.autograd.gradcheck(
         lambda x, a, b: linear(x, weight, None, a, b, 0.7), (draw(2, 3, 4), draw(2, 4), draw(5, 2))
     )
-    kernel, conv = draw(5, 4, 3, 3).detach(), module._Conv.apply
+    kernel = draw(5, 4, 3, 3).detach()
     window = ((2, 2), (1, 1))
     assert torch.autograd.gradcheck(
         lambda x, a, b: conv(x, kernel, None, a, b, 0.7, window), (draw(2, 4, 5, 5), draw(2, 4, 3, 3), draw(5, 2, 1, 1))
@@ -203,8 +204,7 @@ def test_gradcheck_of_both_functions() -> None:
 def is_joined(components: dict[str, nn.Module], x: Tensor, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the layer's forward went our way."""
     used: list[bool] = []
-    for name in ("_Linear", "_Conv"):
-        function = getattr(joined, name)
+    for function in (AdaptedLinear, AdaptedConv):
         original = function.apply
         monkeypatch.setattr(function, "apply", lambda *args, own=original: used.append(True) or own(*args))
     components["unet"]["layer"](x)  # pyright: ignore[reportIndexIssue]
