@@ -14,7 +14,10 @@ import torch
 from peft.tuners.lora import Conv2d, Linear
 from torch import Tensor, nn
 
+from lora_kit.adapters.joined_columns import AdaptedColumns
 from lora_kit.adapters.joined_functions import AdaptedConv, AdaptedLinear, FewBits
+from lora_kit.arithmetic.few_places import has_few_places
+from lora_kit.arithmetic.frozen_convolution import FrozenConv2d, window_of
 
 
 class Plain(NamedTuple):
@@ -34,7 +37,7 @@ class JoinedLinear(Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """x [..., in] → [..., out]."""
-        plain = None if args or kwargs else _plain(self, nn.Linear)
+        plain = None if args or kwargs else _plain(self, (nn.Linear,))
         dtype = _common_dtype(x, plain)
         if plain is None or dtype is None:
             return super().forward(x, *args, **kwargs)
@@ -46,12 +49,17 @@ class JoinedConv2d(Conv2d):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """x [b, in, h, w] → [b, out, h', w']."""
-        plain = None if args or kwargs else _plain(self, nn.Conv2d)
+        plain = None if args or kwargs else _plain(self, (nn.Conv2d, FrozenConv2d))
         dtype = _common_dtype(x, plain)
         base = cast(nn.Conv2d, self.base_layer)
-        if plain is None or dtype is None or x.ndim != 4 or not _is_usual(base):
+        window = window_of(base) if plain is not None else None
+        # PEFT's first factor has no dilation or groups of its base.
+        if plain is None or dtype is None or x.ndim != 4 or window is None or window[2:] != ((1, 1), 1):
             return super().forward(x, *args, **kwargs)
-        return _run(AdaptedConv, x.to(dtype), *plain, (base.stride, base.padding))
+        steps = isinstance(base, FrozenConv2d) and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if steps and has_few_places(x, base.weight, window):
+            return _run(AdaptedColumns, x.to(dtype), *plain, window)
+        return _run(AdaptedConv, x.to(dtype), *plain, window[:2])
 
 
 def _run(function: Any, *arguments: Any) -> Tensor:
@@ -68,17 +76,11 @@ class _Forgets:
         """Nothing is kept."""
 
 
-def _is_usual(conv: nn.Conv2d) -> bool:
-    """PEFT's first factor has no dilation, padding mode or groups of its base."""
-    simple = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
-    return simple and not isinstance(conv.padding, str)
-
-
-def _plain(layer: Any, kind: Any) -> Plain | None:
-    """The layer's one active adapter, if it is no more than two factors over a frozen module of class `kind`."""
+def _plain(layer: Any, kinds: tuple[Any, ...]) -> Plain | None:
+    """The layer's one active adapter, if it is no more than two factors over a frozen module of one of the classes."""
     base: Any = layer.base_layer
-    is_few_bits = kind is nn.Linear and hasattr(base, "times_transposed")
-    if not (type(base) is kind or is_few_bits) or layer.disable_adapters or layer.merged or layer.lora_variant:
+    is_few_bits = nn.Linear in kinds and hasattr(base, "times_transposed")
+    if not (type(base) in kinds or is_few_bits) or layer.disable_adapters or layer.merged or layer.lora_variant:
         return None
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(active) != 1 or base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):

@@ -7,13 +7,15 @@ The input is kept once, the update is accumulated into the output, and its gradi
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+from lora_kit.arithmetic.autocast import without_autocast
+from lora_kit.arithmetic.few_places import as_rows
 
 
 class FewBits(Protocol):
@@ -60,9 +62,9 @@ class AdaptedLinear(torch.autograd.Function):
         x, weight, down, up, inner = ctx.saved_tensors
         needs = ctx.needs_input_grad
         rows = dy.reshape(-1, dy.shape[-1])
-        with _without_autocast(dy):
-            d_inner = _scaled(rows @ up, ctx.scale)
-            d_up = _scaled(rows.t() @ inner, ctx.scale).to(ctx.precision) if needs[4] else None
+        with without_autocast(dy):
+            d_inner = scaled(rows @ up, ctx.scale)
+            d_up = scaled(rows.t() @ inner, ctx.scale).to(ctx.precision) if needs[4] else None
             d_down = (d_inner.t() @ x.reshape(-1, x.shape[-1])).to(ctx.precision) if needs[3] else None
             dx = None
             if needs[0]:
@@ -84,7 +86,7 @@ class AdaptedConv(torch.autograd.Function):
         down, up = down.to(x.dtype, memory_format=torch.channels_last), up.to(x.dtype).flatten(1)
         stride, padding = window
         y = functional.conv2d(x, weight, bias, stride, padding)
-        inner = _as_rows(functional.conv2d(x, down, None, stride, padding))
+        inner = as_rows(functional.conv2d(x, down, None, stride, padding))
         rows = _rows_of(y)
         if rows is None:
             y.add_(_as_pictures(inner @ up.t(), y.shape), alpha=scale)
@@ -99,24 +101,18 @@ class AdaptedConv(torch.autograd.Function):
         """The gradients of input, down and up, those that are asked for."""
         x, weight, down, up, inner = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        with _without_autocast(dy):
-            rows = _as_rows(dy)
-            d_inner = _scaled(rows @ up, ctx.scale)
-            d_up = _scaled(rows.t() @ inner, ctx.scale).to(ctx.precision)[..., None, None] if needs[4] else None
+        with without_autocast(dy):
+            rows = as_rows(dy)
+            d_inner = scaled(rows @ up, ctx.scale)
+            d_up = scaled(rows.t() @ inner, ctx.scale).to(ctx.precision)[..., None, None] if needs[4] else None
             dx = _conv_backward(dy, x, weight, ctx.window, (needs[0], False))[0] if needs[0] else None
             d_inner = d_inner.view(dy.shape[0], *dy.shape[2:], -1)
             dx, d_down = _down_backward(d_inner, x, down, ctx.window, dx, ctx.precision if needs[3] else None)
         return dx, None, None, d_down, d_up, None, None
 
 
-def _without_autocast(dy: Tensor) -> AbstractContextManager[Any]:
-    """A backward pass is in the precision of its forward pass, whatever surrounds it. Autocast is seldom on there, and
-    turning it off takes as long as a small product."""
-    device = dy.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
-def _scaled(made: Tensor, scale: float) -> Tensor:
+def scaled(made: Tensor, scale: float) -> Tensor:
+    """In place."""
     return made if scale == 1 else made.mul_(scale)
 
 
@@ -141,7 +137,7 @@ def _down_backward(
         rows.addmm_(taps, _last_tap_first(down.permute(2, 3, 0, 1).reshape(height * width, -1)).view(-1, channels))
     if precision is None:
         return dx, None
-    d_down = _last_tap_first((taps.t() @ _as_rows(x)).view(height * width, -1))
+    d_down = _last_tap_first((taps.t() @ as_rows(x)).view(height * width, -1))
     d_down = d_down.view(height, width, r, channels).permute(2, 3, 0, 1)
     return dx, d_down.to(precision, memory_format=torch.channels_last)
 
@@ -189,10 +185,6 @@ def _rows_of(y: Tensor) -> Tensor | None:
     """[b, c, h, w] as [b·h·w, c] over the same memory, if it lies so (channels last)."""
     last = y.permute(0, 2, 3, 1)
     return last.view(-1, y.shape[1]) if last.is_contiguous() else None
-
-
-def _as_rows(y: Tensor) -> Tensor:
-    return y.permute(0, 2, 3, 1).reshape(-1, y.shape[1])
 
 
 def _as_pictures(rows: Tensor, shape: torch.Size) -> Tensor:

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from lora_kit.adapters import inject, read_raw, trainable_parameters
 from lora_kit.adapters.state import adaptable_modules
+from lora_kit.arithmetic.frozen_convolution import freeze_convolutions
 from lora_kit.models import ModelBundle, base_hash, load_bundle
 from lora_kit.models.adapter_layouts import layout_for
 from lora_kit.models.checkpointing import checkpoint_unet
@@ -134,6 +135,7 @@ def make_trainable(recipe: Recipe, bundle: ModelBundle, plan: TargetPlan) -> Non
     channels_last(bundle.unet)
     if plan.targets:
         inject(bundle.components, plan, adapter_name=ADAPTER, seed=recipe.seed)
+    freeze_convolutions(bundle.unet)
     if recipe.train.gradient_checkpointing:
         checkpoint_unet(bundle.unet)
         if bundle.has_text:

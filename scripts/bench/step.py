@@ -6,8 +6,9 @@
 
 The UNet is built from the published config with random weights, in bf16 or fp32, channels last. In turn, `rounds`
 times: the floor (adapters off, latents that want a gradient) with glibc's allocator as it comes and with freed blocks
-kept (lora_kit/allocator.py); and so kept PEFT's own layers, and ours, each with fp32 factors of rank 16, clipping and
-AdamW. Medians; the ratios are of each round's own.
+kept (lora_kit/allocator.py); and so kept PEFT's own layers, and ours over the frozen convolutions of a run
+(lora_kit/arithmetic), each with fp32 factors of rank 16, clipping and AdamW. Medians; the ratios are of each round's
+own.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from lora_kit.adapters import inject, set_scale
 from lora_kit.adapters.joined import JoinedConv2d, JoinedLinear
 from lora_kit.allocator import keep_freed_blocks
+from lora_kit.arithmetic.frozen_convolution import FrozenConv2d, freeze_convolutions
 from lora_kit.recipe import PresetRules
 from lora_kit.targeting import make_plan, module_tree
 
@@ -111,6 +113,7 @@ def measure(network: nn.Module, inputs: Inputs, rounds: int) -> Times:
     found = Times([], [], [], [])
     for index in range(rounds + 1):
         set_scale(components, {})
+        _swap(network, joins=False)
         map_large_blocks()
         seconds = [timed(floor)]
         keep_freed_blocks()
@@ -151,12 +154,16 @@ def timed(work: Callable[[], None]) -> float:
 
 
 def _swap(network: nn.Module, joins: bool) -> None:
-    """PEFT's forward, or ours, over the same parameters."""
+    """PEFT's forward and torch's convolutions, or ours, over the same parameters."""
     for module in network.modules():
         if isinstance(module, Linear):
             module.__class__ = JoinedLinear if joins else Linear
         elif isinstance(module, Conv2d):
             module.__class__ = JoinedConv2d if joins else Conv2d
+        elif isinstance(module, FrozenConv2d):
+            module.__class__ = nn.Conv2d
+    if joins:
+        freeze_convolutions(network)
 
 
 def network_of(base: str, options: argparse.Namespace) -> nn.Module:

@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_kit.adapters import inject, set_scale
+from lora_kit.adapters.joined_columns import AdaptedColumns
 from lora_kit.adapters.joined_functions import AdaptedConv, AdaptedLinear
 from lora_kit.adapters.layers import live_layers
+from lora_kit.arithmetic.few_places import Window
+from lora_kit.arithmetic.frozen_convolution import freeze_convolutions
 from lora_kit.models.quantise import quantised
 from lora_kit.recipe import TargetRule
 from lora_kit.targeting import make_plan, module_tree
@@ -24,7 +27,11 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "3x3": lambda: nn.Conv2d(24, 40, 3, padding=1),
     "strided": lambda: nn.Conv2d(24, 40, 3, stride=2, padding=1),
     "1x1": lambda: nn.Conv2d(24, 40, 1),
+    "few places": lambda: nn.Conv2d(24, 40, 3, padding=1),
+    "few places, strided": lambda: nn.Conv2d(24, 40, 3, stride=2, padding=1),
+    "few places, 1x1": lambda: nn.Conv2d(24, 40, 1),
 }
+FEW = [kind for kind in LAYERS if kind.startswith("few")]
 RANK = 4
 
 
@@ -37,6 +44,8 @@ def adapted(kind: str, dtype: torch.dtype, layout: torch.memory_format, **rule: 
         [TargetRule.model_validate({"match": "unet.**", "rank": RANK, "alpha": 6} | rule)], module_tree(components)
     )
     inject(components, plan)
+    if kind in FEW:  # as a run's are
+        freeze_convolutions(net)
     layer: Any = next(iter(live_layers(components).values())).lora
     with torch.no_grad():
         layer.get_submodule("lora_B.default").weight.normal_()
@@ -44,7 +53,7 @@ def adapted(kind: str, dtype: torch.dtype, layout: torch.memory_format, **rule: 
 
 
 def inputs(kind: str, dtype: torch.dtype) -> Tensor:
-    shape = (3, 7, 24) if kind in ("linear", "no bias") else (3, 24, 9, 6)
+    shape = (3, 7, 24) if kind in ("linear", "no bias") else (1, 24, 2, 2) if kind in FEW else (3, 24, 9, 6)
     return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
 
 
@@ -82,7 +91,7 @@ def test_fp32_is_pefts_within_rounding(kind: str, layout: torch.memory_format) -
     assert any(value > 0 for value in off.values()) or kind == "no bias"  # it was another computation
 
 
-@pytest.mark.parametrize("kind", ["3x3", "strided", "1x1"])
+@pytest.mark.parametrize("kind", ["3x3", "strided", "1x1", *FEW])
 def test_a_convolutions_first_factor_and_its_gradient_lie_channels_last(kind: str) -> None:
     components = adapted(kind, torch.bfloat16, torch.channels_last)
     (down,) = (one for name, one in components["unet"].named_parameters() if "lora_A" in name)
@@ -182,29 +191,29 @@ def test_over_a_quantised_layer_the_input_is_kept_once_and_no_weight(bits: str) 
     assert any(one.data_ptr() == x.data_ptr() for one in kept)
 
 
-def test_gradcheck_of_both_functions() -> None:
+def test_gradcheck_of_the_functions() -> None:
     chance = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=chance, dtype=torch.float64).requires_grad_()
 
     weight = draw(5, 4).detach()
-    functions: Any = (AdaptedLinear.apply, AdaptedConv.apply)
-    linear, conv = functions
+    functions: Any = (AdaptedLinear.apply, AdaptedConv.apply, AdaptedColumns.apply)
+    linear, conv, few = functions
     assert torch.autograd.gradcheck(
         lambda x, a, b: linear(x, weight, None, a, b, 0.7), (draw(2, 3, 4), draw(2, 4), draw(5, 2))
     )
-    kernel = draw(5, 4, 3, 3).detach()
-    window = ((2, 2), (1, 1))
-    assert torch.autograd.gradcheck(
-        lambda x, a, b: conv(x, kernel, None, a, b, 0.7, window), (draw(2, 4, 5, 5), draw(2, 4, 3, 3), draw(5, 2, 1, 1))
-    )
+    kernel = draw(5, 4, 3, 3).detach().to(memory_format=torch.channels_last)
+    window = Window((2, 2), (1, 1))
+    drawn = (draw(2, 4, 5, 5), draw(2, 4, 3, 3), draw(5, 2, 1, 1))
+    assert torch.autograd.gradcheck(lambda x, a, b: conv(x, kernel, None, a, b, 0.7, window[:2]), drawn)
+    assert torch.autograd.gradcheck(lambda x, a, b: few(x, kernel, None, a, b, 0.7, window), drawn)
 
 
 def is_joined(components: dict[str, nn.Module], x: Tensor, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the layer's forward went our way."""
     used: list[bool] = []
-    for function in (AdaptedLinear, AdaptedConv):
+    for function in (AdaptedLinear, AdaptedConv, AdaptedColumns):
         original = function.apply
         monkeypatch.setattr(function, "apply", lambda *args, own=original: used.append(True) or own(*args))
     components["unet"]["layer"](x)  # pyright: ignore[reportIndexIssue]
@@ -212,7 +221,7 @@ def is_joined(components: dict[str, nn.Module], x: Tensor, monkeypatch: pytest.M
     return bool(used)
 
 
-@pytest.mark.parametrize("kind", ["linear", "3x3"])
+@pytest.mark.parametrize("kind", ["linear", "3x3", "few places"])
 def test_it_steps_aside_for_what_it_does_not_know(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def is_ours(x_dtype: torch.dtype = torch.float32, dtype: torch.dtype = torch.float32, **rule: Any) -> bool:
         components = adapted(kind, dtype, torch.channels_last, **rule)
@@ -231,9 +240,26 @@ def test_it_steps_aside_for_what_it_does_not_know(kind: str, monkeypatch: pytest
     set_scale(components, {"default": 0.0, "second": 0.0})
     plain = LAYERS[kind]
     torch.manual_seed(0)
-    x = inputs(kind, torch.float32)
+    x = inputs(kind, torch.float32).detach()
     out = components["unet"]["layer"](x)  # pyright: ignore[reportIndexIssue]
     assert torch.equal(out, plain().to(memory_format=torch.channels_last)(x))  # pyright: ignore[reportCallIssue]
+
+
+@pytest.mark.parametrize("kind", FEW)
+def test_products_are_for_steps_and_sampling_has_the_bits_of_the_networks_own_convolutions(kind: str) -> None:
+    ours, theirs = (adapted(kind, torch.float32, torch.channels_last) for _ in range(2))
+    layer: Any = next(iter(live_layers(theirs).values())).lora
+    layer.base_layer.__class__ = nn.Conv2d
+    x, outputs = inputs(kind, torch.float32), list[Tensor]()
+    for components in (ours, theirs):
+        unet: Any = components["unet"]
+        outputs.append(unet["layer"](x))
+        with torch.no_grad():
+            outputs.append(unet["layer"](x))
+    steps, sampled, plain_steps, plain_sampled = outputs
+    assert "AdaptedColumns" in str(steps.grad_fn)
+    assert "AdaptedConv" in str(plain_steps.grad_fn)
+    assert torch.equal(sampled, plain_sampled)
 
 
 @pytest.mark.parametrize("kind", ["linear", "strided"])
@@ -261,7 +287,7 @@ def gradients(kind: str, through: bool = False, around: bool = False) -> list[Te
     return [one for one in found if one is not None]
 
 
-@pytest.mark.parametrize("kind", ["linear", "3x3"])
+@pytest.mark.parametrize("kind", ["linear", "3x3", "few places"])
 @pytest.mark.parametrize("how", ["through", "around"])
 def test_neither_a_checkpoint_nor_autocast_around_the_backward_pass_changes_gradients(kind: str, how: str) -> None:
     for one, other in zip(gradients(kind), gradients(kind, **{how: True}), strict=True):
