@@ -32,6 +32,7 @@ from peft import LoraConfig
 from torch import nn
 
 from lora_kit.adapters import inject
+from lora_kit.arithmetic.frozen_convolution import freeze_convolutions
 from lora_kit.errors import LoraKitError
 from lora_kit.models.attention import use_attention
 from lora_kit.recipe import PresetRules
@@ -176,6 +177,7 @@ def _network(case: Case, options: argparse.Namespace, device: torch.device) -> A
     tree = module_tree(components)
     plan = make_plan(PresetRules.model_validate({"preset": options.targets, "rank": 16}), tree)
     inject(components, plan)
+    freeze_convolutions(network)
     network.train()
     if case.variant == "xformers":
         use_attention("xformers", network)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_kit.adapters.joined import JoinedConv2d, JoinedLinear
+from lora_kit.arithmetic.frozen_convolution import freeze_convolutions
 
 RANK = 16
 LINEAR = ((1024, 320), (256, 640), (64, 1280))
@@ -75,6 +76,7 @@ def _row(kind: str, layer: nn.Module, x: Tensor, times: int) -> None:
     base = mean(passes, times)
     inject_adapter_in_model(LoraConfig(r=RANK, target_modules=["0"], init_lora_weights=False), network)
     network[0].__class__ = JoinedConv2d if x.ndim == 4 else JoinedLinear
+    freeze_convolutions(network)  # as a run does
     for name, weight in network.named_parameters():
         if "lora_" in name:  # as lora_kit lays them
             weight.data = weight.data.float()

@@ -3,8 +3,9 @@
     python scripts/bench/job/bare.py SETTINGS.json
 
 What a step cannot take less than while it goes through this network: forward, and backward to the activations, as
-lora_kit holds it (its precision, channels last, freed blocks kept). Writes bare.json: `seconds`, the median of 20
-passes; `work`, how many multiplications a step with the job's adapters makes for each one of the frozen network's.
+lora_kit holds it (its precision, channels last, its own frozen convolutions, freed blocks kept). Writes bare.json:
+`seconds`, the median of 20 passes; `work`, how many multiplications a step with the job's adapters makes for each one
+of the frozen network's.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from plain import peft_adapter
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_kit.allocator import keep_freed_blocks
+from lora_kit.arithmetic.frozen_convolution import freeze_convolutions
 
 PASSES, BEFORE = 20, 3
 TOKENS = 77
@@ -35,6 +37,7 @@ def main() -> None:
     dtype = torch.bfloat16 if job.autocast == "bf16" else torch.float32
     network: Any = UNet2DConditionModel.from_pretrained(job.base, subfolder="unet", torch_dtype=dtype)
     network = network.requires_grad_(False).to(memory_format=torch.channels_last).train()
+    freeze_convolutions(network)
     halvings = len(json.loads((Path(job.base) / "vae" / "config.json").read_text())["block_out_channels"]) - 1
     side = job.resolution // 2**halvings
     latents = torch.randn(job.batch_size, 4, side, side, dtype=dtype).to(memory_format=torch.channels_last)
