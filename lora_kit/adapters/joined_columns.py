@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_kit.adapters.joined_functions import scaled
+from lora_kit.adapters.joined_functions import as_kernel, through_up
 from lora_kit.arithmetic.autocast import without_autocast
 from lora_kit.arithmetic.few_places import (
     Window,
@@ -49,8 +49,7 @@ class AdaptedColumns(torch.autograd.Function):
         needs = ctx.needs_input_grad
         with without_autocast(dy):
             rows = as_rows(dy)
-            d_inner = scaled(rows @ up, ctx.scale)
-            d_up = scaled(rows.t() @ inner, ctx.scale).to(ctx.precision)[..., None, None] if needs[4] else None
+            d_inner, d_up = through_up(ctx, rows, inner, up)
             d_down = None
             if needs[3]:
                 made = (d_inner.t() @ columns(x, weight, ctx.window)).to(ctx.precision)
@@ -59,4 +58,4 @@ class AdaptedColumns(torch.autograd.Function):
             if needs[0]:
                 gradient = columns_gradient(rows, weight).addmm_(d_inner, matrix(down))
                 dx = folded(gradient, x.shape, weight, ctx.window)
-        return dx, None, None, d_down, d_up, None, None
+        return dx, None, None, d_down, as_kernel(d_up), None, None

@@ -63,8 +63,7 @@ class AdaptedLinear(torch.autograd.Function):
         needs = ctx.needs_input_grad
         rows = dy.reshape(-1, dy.shape[-1])
         with without_autocast(dy):
-            d_inner = scaled(rows @ up, ctx.scale)
-            d_up = scaled(rows.t() @ inner, ctx.scale).to(ctx.precision) if needs[4] else None
+            d_inner, d_up = through_up(ctx, rows, inner, up)
             d_down = (d_inner.t() @ x.reshape(-1, x.shape[-1])).to(ctx.precision) if needs[3] else None
             dx = None
             if needs[0]:
@@ -103,16 +102,26 @@ class AdaptedConv(torch.autograd.Function):
         needs = ctx.needs_input_grad
         with without_autocast(dy):
             rows = as_rows(dy)
-            d_inner = scaled(rows @ up, ctx.scale)
-            d_up = scaled(rows.t() @ inner, ctx.scale).to(ctx.precision)[..., None, None] if needs[4] else None
+            d_inner, d_up = through_up(ctx, rows, inner, up)
             dx = _conv_backward(dy, x, weight, ctx.window, (needs[0], False))[0] if needs[0] else None
             d_inner = d_inner.view(dy.shape[0], *dy.shape[2:], -1)
             dx, d_down = _down_backward(d_inner, x, down, ctx.window, dx, ctx.precision if needs[3] else None)
-        return dx, None, None, d_down, d_up, None, None
+        return dx, None, None, d_down, as_kernel(d_up), None, None
 
 
-def scaled(made: Tensor, scale: float) -> Tensor:
-    """In place."""
+def through_up(ctx: Any, rows: Tensor, inner: Tensor, up: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The gradients of what lies between the factors [places, r] and of up [out, r] (None: it is not wanted), of the
+    output's rows [places, out]."""
+    d_up = _scaled(rows.t() @ inner, ctx.scale).to(ctx.precision) if ctx.needs_input_grad[4] else None
+    return _scaled(rows @ up, ctx.scale), d_up
+
+
+def as_kernel(d_up: Tensor | None) -> Tensor | None:
+    """[out, r] as a convolution's [out, r, 1, 1]."""
+    return None if d_up is None else d_up[..., None, None]
+
+
+def _scaled(made: Tensor, scale: float) -> Tensor:
     return made if scale == 1 else made.mul_(scale)
 
 

@@ -153,12 +153,11 @@ def test_a_convolution_that_trains_is_left_alone_and_one_that_begins_to_learns()
 
 
 def test_a_backward_pass_inside_autocast_is_in_the_forward_passs_precision() -> None:
-    for kind in ("few places", "many"):
-        x, inside = given(kind), given(kind)
-        frozen(kind)(x).sum().backward()
-        y = frozen(kind)(inside)
-        with torch.autocast("cpu", torch.bfloat16):
-            y.sum().backward()
-        assert x.grad is not None
-        assert inside.grad is not None
-        assert torch.equal(x.grad, inside.grad)
+    x, inside = given("few places"), given("few places")
+    frozen("few places")(x).sum().backward()
+    y = frozen("few places")(inside)
+    with torch.autocast("cpu", torch.bfloat16):
+        y.sum().backward()
+    assert x.grad is not None
+    assert inside.grad is not None
+    assert torch.equal(x.grad, inside.grad)
