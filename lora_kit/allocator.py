@@ -38,30 +38,31 @@ _RESTARTED = "LORA_KIT_RESTARTED"  # glibc takes its own variable from a process
 
 
 class _Kept:
-    """Whether this process keeps freed blocks, and how many `pages_of_their_own` it is within."""
+    """Below how many bytes this process keeps freed blocks, and how many `pages_of_their_own` it is within."""
 
-    blocks = False
+    below = 0
     apart = 0
 
 
-def keep_freed_blocks() -> bool:
-    """Let glibc serve blocks below 128 MiB from its heap, and keep what is freed there; whether that was possible.
+def keep_freed_blocks(below: int = _KEPT) -> bool:
+    """Let glibc serve blocks of fewer than so many bytes (128 MiB) from its heap, and keep what is freed there; whether
+    that was possible.
 
     Holds for the whole process, so it is for commands and not for a library call. No number changes by it. What is
-    kept goes back to the system by `give_back_freed`. Other C libraries are left alone.
+    kept goes back to the system by `give_back_freed`. Other C libraries are left alone. Below smaller sizes less memory
+    lies in gaps, and the kernel zeroes more of it in every step (docs/benchmarks/memory.md).
     """
     mallopt = _function("mallopt")
-    _Kept.blocks = mallopt is not None and bool(
-        mallopt(_M_MMAP_THRESHOLD, _KEPT) and mallopt(_M_TRIM_THRESHOLD, _NEVER)
-    )
-    return _Kept.blocks
+    possible = mallopt is not None and bool(mallopt(_M_MMAP_THRESHOLD, below) and mallopt(_M_TRIM_THRESHOLD, _NEVER))
+    _Kept.below = below if possible else 0
+    return possible
 
 
 @contextmanager
 def pages_of_their_own() -> Generator[None]:
     """While weights are made, which last: each block from 128 KiB gets pages of its own, and one that is freed leaves
     no gap. Where freed blocks are not kept, nothing changes. Also a decorator."""
-    mallopt = _function("mallopt") if _Kept.blocks else None
+    mallopt = _function("mallopt") if _Kept.below else None
     if mallopt is None:
         yield
         return
@@ -72,7 +73,7 @@ def pages_of_their_own() -> Generator[None]:
     finally:
         _Kept.apart -= 1
         if not _Kept.apart:
-            mallopt(_M_MMAP_THRESHOLD, _KEPT)
+            mallopt(_M_MMAP_THRESHOLD, _Kept.below)
 
 
 def give_back_freed() -> None:

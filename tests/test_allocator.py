@@ -17,7 +17,7 @@ PASSES = """
 import resource, sys
 import torch
 from lora_kit.allocator import keep_freed_blocks
-assert sys.argv[1] == "as it is" or keep_freed_blocks()
+assert sys.argv[1] == "as it is" or keep_freed_blocks(*map(int, sys.argv[2:]))
 def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 torch.ones(2**24)  # 64 MiB, twice what glibc may keep by itself
 before = faults()
@@ -28,9 +28,9 @@ print((faults() - before) * resource.getpagesize())
 GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="there is no mallopt to ask")
 
 
-def fresh_bytes(how: str) -> int:
+def fresh_bytes(*how: str) -> int:
     """Bytes of fresh pages that 32 tensors of 64 MiB took, one after the other."""
-    done = subprocess.run([sys.executable, "-c", PASSES, how], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", PASSES, *how], capture_output=True, text=True, check=True)
     return int(done.stdout)
 
 
@@ -40,6 +40,13 @@ def test_a_freed_block_serves_the_next_tensor() -> None:
     glibc 2.38 an aligned block does not fit where one of just its size was."""
     assert fresh_bytes("as it is") >= 32 * 2**26
     assert fresh_bytes("kept") <= 16 * 2**26  # so that at least half of the blocks took none
+
+
+@GLIBC
+def test_only_blocks_below_a_size_are_kept() -> None:
+    """Those of 64 MiB are kept below 128 MiB, and not below 32."""
+    assert fresh_bytes("kept", str(2**27)) <= 16 * 2**26
+    assert fresh_bytes("kept", str(2**25)) >= 32 * 2**26
 
 
 @GLIBC
@@ -91,6 +98,29 @@ print(gaps, resident() - before - weights - gaps)
     size = 2**23
     assert left["apart"][0] < size / 2 <= left["together"][0]
     assert left["apart"][1] >= 2**25  # a large block outside is kept again
+
+
+@GLIBC
+def test_the_size_asked_for_stands_again_after_weights() -> None:
+    """Outside `pages_of_their_own` freed blocks of 1 MiB are kept where all below 2 MiB are, one of 64 MiB is not."""
+    script = """
+import pathlib, torch
+from lora_kit.allocator import keep_freed_blocks, pages_of_their_own
+keep_freed_blocks(2**21)
+with pages_of_their_own():
+    pass
+def resident(): return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096
+before = resident()
+torch.ones(2**24)
+large = resident() - before
+several = [torch.ones(2**18) for _ in range(16)]
+del several
+print(large, resident() - before - large)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    large, small = map(int, done.stdout.split())
+    assert large < 2**22
+    assert small >= 2**23
 
 
 RESTARTED = """

@@ -1,13 +1,16 @@
 """What `lora-kit plan --memory` reckons against what runs take, and what each way of saving memory saves and costs.
 
-    python scripts/bench/memory.py [--tables reckoned,saved] [--only "nf4;all together"] [--precision bf16] [--quick]
+    python scripts/bench/memory.py [--tables reckoned,saved] [--only "nf4;all together"] [--precision bf16]
+        [--kept 128] [--quick]
 
 Each row plans its recipe, then trains it for a few steps in a process of its own, and shows the peaks of the run's
 start (loading, encoding, measuring the base) and steps beside those that were reckoned, resident memory, MiB; and CPU
 seconds of a step, the median of all but the first. `reckoned`: recipes/quickstart.yaml as it is, and changed, and a
 base of Stable Diffusion 1.5's size with random weights, 256 px, batch 1, in bf16 or (`--precision no`) fp32. `saved`:
-that base with each way of saving memory. `--folder` is where it lies, or is kept for the next time. `--quick`: narrow
-networks, to see that the script runs. Memory does not mind what else the machine does; CPU seconds do a little.
+that base with each way of saving memory. `--folder` is where it lies, or is kept for the next time. `--kept`: below how
+many MiB a freed block is kept for the next tensor, 128 in a run; with less there are fewer gaps, and steps take longer.
+`--quick`: narrow networks, to see that the script runs. Memory does not mind what else the machine does; CPU seconds do
+a little.
 """
 
 from __future__ import annotations
@@ -80,7 +83,7 @@ def main() -> None:
             print("|---|---|---|---|---|---|---|---|", flush=True)
             for row in rows:
                 if row.name in wanted:
-                    print(_line(row, Path(place)), flush=True)
+                    print(_line(row, Path(place), options.kept), flush=True)
 
 
 def _rows(table: str, place: Path, options: argparse.Namespace) -> Iterator[Row]:
@@ -93,13 +96,14 @@ def _rows(table: str, place: Path, options: argparse.Namespace) -> Iterator[Row]
         yield Row(name, large, (*SHORT, f"train.mixed_precision={options.precision}", *overrides))
 
 
-def _line(row: Row, place: Path) -> str:
+def _line(row: Row, place: Path, kept: float | None) -> str:
     """A row of the table. Its cache begins empty."""
     with tempfile.TemporaryDirectory(dir=place) as out:
         overrides = [*row.overrides, f"output_dir={out}/run", f"data.cache_dir={out}/cache"]
         plan = _output(["-m", "lora_kit", "plan", str(row.recipe), *overrides, "--memory", "--json"])
         reckoned = json.loads(plan)["memory_bytes"]["expected_peaks"]
-        found = json.loads(_output([__file__, "--row", json.dumps([str(row.recipe), overrides])]).splitlines()[-1])
+        asked = json.dumps([str(row.recipe), overrides, kept and int(kept * 2**20)])
+        found = json.loads(_output([__file__, "--row", asked]).splitlines()[-1])
     cells = [row.name]
     for stage in ("start", "steps"):
         told, taken = reckoned[stage] / 2**20, found["peaks"][stage] / 2**20
@@ -108,14 +112,16 @@ def _line(row: Row, place: Path) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _trained(recipe: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """Peaks and CPU seconds of a step of a run, in this process, set up as `lora-kit train` sets up its own."""
+def _trained(recipe: str, overrides: Sequence[str], kept: int | None) -> dict[str, Any]:
+    """Peaks and CPU seconds of a step of a run, in this process, set up as `lora-kit train` sets up its own but for the
+    size, in bytes, below which freed blocks are kept."""
     from lora_kit.allocator import keep_freed_blocks
     from lora_kit.cli.quick_imports import quick_imports, uses_bitsandbytes
     from lora_kit.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    keep_freed_blocks()
+    if not keep_freed_blocks(*([kept] if kept else [])) and kept:
+        raise SystemExit("--kept: only glibc is told what to keep")
     with quick_imports(compiles=uses_bitsandbytes(loaded)):
         from lora_kit.training import run
 
@@ -170,6 +176,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", help=f"rows, separated by ;: {'; '.join([*QUICKSTARTS, *LARGE, *SAVED])}")
     parser.add_argument("--precision", choices=("bf16", "no"), default="bf16", help="of the large base; no: fp32")
     parser.add_argument("--folder", help="where the large base is, or is kept")
+    parser.add_argument("--kept", type=float, help="freed blocks below so many MiB are kept (glibc; 128)")
     parser.add_argument("--quick", action="store_true", help="narrow networks")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     return parser.parse_args()
