@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lora_kit.arithmetic.bf16 import computes_bf16
+
 _CHANNELS_A_PLACE = 8
 """Measured on two cores: fewer places than an eighth of the output's channels take less time so, in bf16 and fp32,
 128 about as much, and more take more."""
@@ -34,6 +36,8 @@ def has_few_places(x: Tensor, weight: Tensor, window: Window) -> bool:
     """Whether products are the faster way for x [b, in, h, w] and weight [out, in, kh, kw], and possible."""
     if x.device.type != "cpu" or window.dilation != (1, 1) or window.groups != 1:
         return False
+    if weight.dtype == torch.bfloat16 and not computes_bf16():
+        return False  # products are the slower there, by as much as half
     height, width = _places(x.shape, weight.shape, window)
     few = min(height, width) > 0 and _CHANNELS_A_PLACE * len(x) * height * width <= len(weight)
     return few and weight.is_contiguous(memory_format=torch.channels_last)

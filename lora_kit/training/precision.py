@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from lora_kit.arithmetic.bf16 import computes_bf16
 from lora_kit.recipe import Recipe
 from lora_kit.recipe.rules import listed
 
@@ -20,15 +21,10 @@ def base_dtype(recipe: Recipe) -> torch.dtype:
 def precision_notices(recipe: Recipe, device: torch.device) -> list[str]:
     """What the user should be told: of bf16, on a CPU that oneDNN does not compute it on. A tiny base's step took 5
     times as long there as in fp32, with an AVX2 processor and torch 2.13."""
-    if recipe.train.mixed_precision != "bf16" or device.type != "cpu" or _has_bf16():
+    if recipe.train.mixed_precision != "bf16" or device.type != "cpu" or computes_bf16():
         return []
     return [
         "train.mixed_precision: bf16 takes several times as long as fp32 on this CPU, which has no instructions that "
         "torch could use for it (AVX-512 on x86). What it saves is memory: if the base fits in fp32, set "
         "`train.mixed_precision: no`."
     ]
-
-
-def _has_bf16() -> bool:
-    """Whether torch computes bf16 on this CPU by oneDNN; without oneDNN nothing is known and nothing said."""
-    return not torch.backends.mkldnn.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

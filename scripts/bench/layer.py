@@ -1,6 +1,6 @@
-"""One adapted layer beside its base: forward and backward, bf16, rank 16, and the small products that make the rest.
+"""One adapted layer beside its base: forward and backward, rank 16, and the small products that make the rest.
 
-    python scripts/bench/layer.py [--times 300]
+    python scripts/bench/layer.py [--precision bf16] [--times 300]
 
 Why a step with every layer adapted stays above its floor (step.py): µs of the frozen layer alone, of lora_kit's
 (lora_kit/adapters/joined.py: fp32 factors, gradients of input and factors), and of each product that it adds, with the
@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from step import DTYPES
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -44,29 +45,33 @@ class Shapes(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--precision", choices=tuple(DTYPES), default="bf16")
     parser.add_argument("--times", type=int, default=300)
-    times = parser.parse_args().times
+    options = parser.parse_args()
+    times, dtype = options.times, DTYPES[options.precision]
     torch.manual_seed(0)
     print("| layer | input | base, µs | adapted, µs | more, µs |\n|---|---|---|---|---|")
     for places, channels in LINEAR:
-        _row("linear", nn.Linear(channels, channels), torch.randn(1, places, channels), times)
+        x = torch.randn(1, places, channels).to(dtype)
+        _row("linear", nn.Linear(channels, channels), x, times)
     for channels, side in CONV:
-        _row("3 x 3", nn.Conv2d(channels, channels, 3, padding=1), torch.randn(1, channels, side, side), times // 3)
+        x = torch.randn(1, channels, side, side).to(dtype)
+        _row("3 x 3", nn.Conv2d(channels, channels, 3, padding=1), x, times // 3)
     print(f"\n| input of the linear layer | {' | '.join(PRODUCTS)} |\n{'|---' * (len(PRODUCTS) + 1)}|")
     for places, channels in LINEAR:
-        print(f"| {[places, channels]} | {' | '.join(f'{spent:.0f}' for spent in products(places, channels, times))} |")
+        spent = products(places, channels, times, dtype)
+        print(f"| {[places, channels]} | {' | '.join(f'{one:.0f}' for one in spent)} |", flush=True)
 
 
 def _row(kind: str, layer: nn.Module, x: Tensor, times: int) -> None:
-    network = nn.Sequential(layer.to(torch.bfloat16)).requires_grad_(False)
-    x = x.to(torch.bfloat16)
+    network = nn.Sequential(layer.to(x.dtype)).requires_grad_(False)
     if x.ndim == 4:
         x, network = x.to(memory_format=torch.channels_last), network.to(memory_format=torch.channels_last)
     x.requires_grad_()
     dy = torch.randn_like(x)
 
     def passes() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=x.dtype == torch.bfloat16):
             y = network(x)
         y.backward(dy)
         x.grad = None
@@ -85,14 +90,14 @@ def _row(kind: str, layer: nn.Module, x: Tensor, times: int) -> None:
     print(f"| {kind} | {list(x.shape)} | {base:.0f} | {adapted:.0f} | {adapted - base:.0f} |", flush=True)
 
 
-def products(places: int, channels: int, times: int) -> list[float]:
+def products(places: int, channels: int, times: int, dtype: torch.dtype) -> list[float]:
     """µs of each of PRODUCTS, for a linear layer from as many channels to as many."""
-    x, weight = (torch.randn(rows, channels).to(torch.bfloat16) for rows in (places, channels))
+    x, weight = (torch.randn(rows, channels).to(dtype) for rows in (places, channels))
     shapes = Shapes((places,), (places,), channels, channels)
-    return [mean(lambda: x @ weight.t(), times), *small_products(shapes, times)]
+    return [mean(lambda: x @ weight.t(), times), *small_products(shapes, times, dtype)]
 
 
-def small_products(shapes: Shapes, times: int) -> list[float]:
+def small_products(shapes: Shapes, times: int, dtype: torch.dtype) -> list[float]:
     """µs of each product that one layer adds. A convolution's first factor has its input's gradient and its own as
     products with [places, taps · rank]."""
     places, places_out, channels, channels_out, conv = shapes
@@ -100,7 +105,7 @@ def small_products(shapes: Shapes, times: int) -> list[float]:
     taps = torch.Size(conv[0]).numel() if conv else 1
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape).to(torch.bfloat16)
+        return torch.randn(shape).to(dtype)
 
     x, dx, y, dy = (draw(*shape) for shape in [(rows, channels)] * 2 + [(rows_out, channels_out)] * 2)
     down, up = draw(taps * RANK, channels), draw(channels_out, RANK)

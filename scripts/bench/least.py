@@ -1,10 +1,10 @@
 """What a step with every layer adapted cannot take less than, beside its floor (step.py).
 
-    python scripts/bench/least.py [--bases sd1,sd2] [--times 300]
+    python scripts/bench/least.py [--bases sd1,sd2] [--precision bf16] [--times 300]
 
 The products that each layer of the network adds (layer.py), each alone in a loop, with all of it in the processor's
 caches, nothing laid out, no autograd and no Python between them, summed over the network; the factors' casts; clipping
-and AdamW. bf16, rank 16, 256 px, batch 1. `ours`: the floor's passes through a run's own frozen convolutions
+and AdamW. Rank 16, 256 px, batch 1. `ours`: the floor's passes through a run's own frozen convolutions
 (lora_kit/arithmetic). The last column is those passes and all of the above, beside the floor.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from layer import Shapes, mean, small_products
-from step import Inputs, adapt, forward_backward, inputs_of, network_of, timed
+from step import DTYPES, Inputs, adapt, forward_backward, inputs_of, network_of, timed
 from torch import Tensor, nn
 
 from lora_kit.adapters import set_scale
@@ -28,22 +28,22 @@ from lora_kit.arithmetic.frozen_convolution import freeze_convolutions
 
 COLUMNS = ("base", "layers", "floor, s", "ours, s", "products, s", "casts, s", "clipping and AdamW, s", "at least")
 ROUNDS = 5
-OPTIONS = Namespace(quick=False, precision="bf16", pixels=256, batch=1)
-"""step.py's."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bases", default="sd1,sd2")
+    parser.add_argument("--precision", choices=tuple(DTYPES), default="bf16")
     parser.add_argument("--times", type=int, default=300)
     options = parser.parse_args()
     print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
     for base in options.bases.split(","):
-        print(f"| {' | '.join(row(base, options.times))} |", flush=True)
+        print(f"| {' | '.join(row(base, options.precision, options.times))} |", flush=True)
 
 
-def row(base: str, times: int) -> list[str]:
-    network, inputs = network_of(base, OPTIONS), inputs_of(base, OPTIONS)
+def row(base: str, precision: str, times: int) -> list[str]:
+    options, dtype = Namespace(quick=False, precision=precision, pixels=256, batch=1), DTYPES[precision]
+    network, inputs = network_of(base, options), inputs_of(base, options)
     inputs = inputs._replace(latents=inputs.latents.requires_grad_())
     adapt(network, "all")
     components = {"unet": network}
@@ -61,8 +61,8 @@ def row(base: str, times: int) -> list[str]:
     freeze_convolutions(network)
     ours = _passes(network, inputs)
     factors = [weight for weight in network.parameters() if weight.requires_grad]
-    products = sum(count * sum(small_products(shapes, times)) for shapes, count in found.items()) / 1e6
-    casts, update = _casts(factors), _update(factors)
+    products = sum(count * sum(small_products(shapes, times, dtype)) for shapes, count in found.items()) / 1e6
+    casts, update = _casts(factors, dtype), _update(factors)
     ratio = (ours + products + casts + update) / floor
     return [base, str(found.total()), *(f"{one:.3f}" for one in (floor, ours, products, casts, update, ratio))]
 
@@ -80,10 +80,10 @@ def _shapes(layer: nn.Module, x: Tensor, y: Tensor) -> Shapes:
     return Shapes(tuple(x.shape[:-1]), tuple(y.shape[:-1]), x.shape[-1], y.shape[-1])
 
 
-def _casts(factors: list[Any]) -> float:
-    """Seconds: the factors to bf16, their gradients to fp32."""
-    gradients = [factor.to(torch.bfloat16) for factor in factors]
-    there = mean(lambda: [factor.to(torch.bfloat16) for factor in factors], 10)
+def _casts(factors: list[Any], dtype: torch.dtype) -> float:
+    """Seconds: the factors to the base's precision, their gradients to fp32."""
+    gradients = [factor.to(dtype) for factor in factors]
+    there = mean(lambda: [factor.to(dtype) for factor in factors], 10)
     back = mean(lambda: [gradient.to(torch.float32) for gradient in gradients], 10)
     return (there + back) / 1e6
 

@@ -15,6 +15,7 @@ from lora_kit.adapters import inject, set_scale
 from lora_kit.adapters.joined_columns import AdaptedColumns
 from lora_kit.adapters.joined_functions import AdaptedConv, AdaptedLinear
 from lora_kit.adapters.layers import live_layers
+from lora_kit.arithmetic import few_places
 from lora_kit.arithmetic.few_places import Window
 from lora_kit.arithmetic.frozen_convolution import freeze_convolutions
 from lora_kit.models.quantise import quantised
@@ -33,6 +34,12 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 }
 FEW = [kind for kind in LAYERS if kind.startswith("few")]
 RANK = 4
+
+
+@pytest.fixture(autouse=True)
+def computes_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a processor that computes bf16 does is tested on every one."""
+    monkeypatch.setattr(few_places, "computes_bf16", lambda: True)
 
 
 def adapted(kind: str, dtype: torch.dtype, layout: torch.memory_format, **rule: Any) -> dict[str, nn.Module]:

@@ -97,7 +97,8 @@ def test_in_fp32_it_is_torchs_within_rounding(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
-def test_in_bf16_it_is_as_near_to_the_truth_as_torch_is(kind: str) -> None:
+def test_in_bf16_it_is_as_near_to_the_truth_as_torch_is(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(few_places, "computes_bf16", lambda: True)
     dtype = torch.bfloat16
     found, theirs = (results(make(kind, dtype), given(kind), autocast=True) for make in (frozen, convolution))
     truth = results(convolution(kind, dtype).double(), given(kind).to(dtype).double())
@@ -140,6 +141,16 @@ def test_few_places_are_few_beside_the_channels() -> None:
     assert not few(narrow, 1, 64, 8, 8)
     assert not few(inner, 1, 64, 8, 8, device="meta")
     assert not few(inner.to(memory_format=torch.contiguous_format), 1, 64, 8, 8)  # pyright: ignore[reportCallIssue]
+
+
+def test_few_places_in_bf16_are_products_where_the_processor_computes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere torch's bf16 products are the slower. fp32 does not mind."""
+    window = Window((1, 1), (1, 1))
+    for computes in (True, False):
+        monkeypatch.setattr(few_places, "computes_bf16", lambda computes=computes: computes)
+        for dtype, wanted in ((torch.bfloat16, computes), (torch.float32, True)):
+            x = given("few places").to(dtype)
+            assert has_few_places(x, convolution("few places", dtype).weight, window) is wanted
 
 
 def test_a_convolution_that_trains_is_left_alone_and_one_that_begins_to_learns() -> None:
