@@ -66,18 +66,12 @@ def test_table_and_facts_for_humans(recipe: Path, capsys: pytest.CaptureFixture[
     assert "frozen weights" in shown and "activations come on top: --memory reckons them" in shown
 
 
-def test_the_peak_is_the_sum_of_its_parts_and_grows_with_the_micro_batch(
-    recipe: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    peaks = []
-    for micro_batch in ("1", "2"):
-        assert _run(str(recipe), f"train.micro_batch_size={micro_batch}", "--memory", "--json") == 0
-        held = json.loads(capsys.readouterr().out)["memory_bytes"]
-        parts = (held[part] for part in ("frozen", "trainable", "activations", "libraries", "kept"))
-        assert held["rested"] > 0  # the VAE, once latents are kept
-        assert held["expected_peak"] == held["expected_peaks"]["steps"] == sum(parts) - held["rested"]
-        peaks.append(held["activations"])
-    assert peaks[0] < peaks[1]
+def test_the_peak_is_the_sum_of_its_parts(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(str(recipe), "train.micro_batch_size=2", "--memory", "--json") == 0
+    held = json.loads(capsys.readouterr().out)["memory_bytes"]
+    parts = (held[part] for part in ("frozen", "trainable", "activations", "libraries", "kept"))
+    assert held["rested"] > 0  # the VAE, once latents are kept
+    assert held["expected_peak"] == held["expected_peaks"]["steps"] == sum(parts) - held["rested"]
     assert _run(str(recipe), "--memory") == 0
     shown = capsys.readouterr().out
     assert "activations of 4 pictures of " in shown and "expected at a step's peak" in shown

@@ -55,7 +55,7 @@ def launch(
     )
 
 
-@pytest.mark.parametrize("cache", ["memory", "disk"])
+@pytest.mark.parametrize("cache", [pytest.param("memory", marks=pytest.mark.slow), "disk"])
 def test_two_processes_learn_what_one_does(tiny_sd1_folder, make_picture_folder, tmp_path, cache):
     # Five pictures over two processes: three and two, so a mean of the processes' means would be wrong.
     # On disk, each run has a cache of its own; two processes fill theirs together, and both leave out what is broken.

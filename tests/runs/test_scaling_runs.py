@@ -120,7 +120,8 @@ PIVOTAL = [
 ]
 
 
-@pytest.mark.parametrize("flags", [(), pytest.param(FSDP, marks=pytest.mark.slow)], ids=["whole", "sharded"])
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), FSDP], ids=["whole", "sharded"])
 def test_tokens_are_learned_by_two_processes_as_by_one(recipes, tmp_path, flags):
     recipe, _ = recipes["lora"]
     well(launch(1, recipe, f"output_dir={tmp_path / 'one'}", *PIVOTAL))

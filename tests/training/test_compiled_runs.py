@@ -83,6 +83,7 @@ def test_losses_weights_and_keys_are_those_of_the_run_that_is_not_compiled(make_
     assert max(far) < 1e-2
 
 
+@pytest.mark.slow
 def test_a_compiled_run_that_was_stopped_and_resumed_is_the_same_run(make_recipe, tmp_path, traced):
     train(make_recipe(COMPILED, name="whole"))
     train(make_recipe(COMPILED, "train.max_steps=2", name="parted"))

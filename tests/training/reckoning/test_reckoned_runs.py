@@ -27,7 +27,7 @@ BF16 = pytest.mark.skipif(
     "changes",
     [
         pytest.param((), id="as it is"),
-        pytest.param(("train.gradient_checkpointing=true",), id="checkpoints"),
+        pytest.param(("train.gradient_checkpointing=true",), marks=pytest.mark.slow, id="checkpoints"),
         pytest.param(("train.mixed_precision=bf16",), marks=BF16, id="bf16"),
     ],
 )
