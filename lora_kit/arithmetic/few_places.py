@@ -37,7 +37,7 @@ def has_few_places(x: Tensor, weight: Tensor, window: Window) -> bool:
     if x.device.type != "cpu" or window.dilation != (1, 1) or window.groups != 1:
         return False
     if weight.dtype == torch.bfloat16 and not computes_bf16():
-        return False  # products are the slower there, by as much as half
+        return False  # products are the slower there
     height, width = _places(x.shape, weight.shape, window)
     few = min(height, width) > 0 and _CHANNELS_A_PLACE * len(x) * height * width <= len(weight)
     return few and weight.is_contiguous(memory_format=torch.channels_last)

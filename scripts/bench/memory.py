@@ -74,16 +74,15 @@ def main() -> None:
     if options.row:
         print(json.dumps(_trained(*json.loads(options.row))))
         return
+    wanted = options.only.split(";") if options.only else None
     with tempfile.TemporaryDirectory() as place:
         for table in options.tables.split(","):
-            rows = [*_rows(table, Path(place), options)]
-            wanted = options.only.split(";") if options.only else [row.name for row in rows]
+            rows = [row for row in _rows(table, Path(place), options) if row.name in (wanted or [row.name])]
             print(f"\n**{table.capitalize()}**.\n")
             print("| | start: reckoned | measured | ratio | steps: reckoned | measured | ratio | CPU s a step |")
             print("|---|---|---|---|---|---|---|---|", flush=True)
             for row in rows:
-                if row.name in wanted:
-                    print(_line(row, Path(place), options.kept), flush=True)
+                print(_line(row, Path(place), options.kept), flush=True)
 
 
 def _rows(table: str, place: Path, options: argparse.Namespace) -> Iterator[Row]:
@@ -96,13 +95,13 @@ def _rows(table: str, place: Path, options: argparse.Namespace) -> Iterator[Row]
         yield Row(name, large, (*SHORT, f"train.mixed_precision={options.precision}", *overrides))
 
 
-def _line(row: Row, place: Path, kept: float | None) -> str:
+def _line(row: Row, place: Path, kept: float) -> str:
     """A row of the table. Its cache begins empty."""
     with tempfile.TemporaryDirectory(dir=place) as out:
         overrides = [*row.overrides, f"output_dir={out}/run", f"data.cache_dir={out}/cache"]
         plan = _output(["-m", "lora_kit", "plan", str(row.recipe), *overrides, "--memory", "--json"])
         reckoned = json.loads(plan)["memory_bytes"]["expected_peaks"]
-        asked = json.dumps([str(row.recipe), overrides, kept and int(kept * 2**20)])
+        asked = json.dumps([str(row.recipe), overrides, int(kept * 2**20)])
         found = json.loads(_output([__file__, "--row", asked]).splitlines()[-1])
     cells = [row.name]
     for stage in ("start", "steps"):
@@ -112,7 +111,7 @@ def _line(row: Row, place: Path, kept: float | None) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _trained(recipe: str, overrides: Sequence[str], kept: int | None) -> dict[str, Any]:
+def _trained(recipe: str, overrides: Sequence[str], kept: int) -> dict[str, Any]:
     """Peaks and CPU seconds of a step of a run, in this process, set up as `lora-kit train` sets up its own but for the
     size, in bytes, below which freed blocks are kept."""
     from lora_kit.allocator import keep_freed_blocks
@@ -120,8 +119,7 @@ def _trained(recipe: str, overrides: Sequence[str], kept: int | None) -> dict[st
     from lora_kit.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    if not keep_freed_blocks(*([kept] if kept else [])) and kept:
-        raise SystemExit("--kept: only glibc is told what to keep")
+    keep_freed_blocks(kept)
     with quick_imports(compiles=uses_bitsandbytes(loaded)):
         from lora_kit.training import run
 
@@ -176,7 +174,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", help=f"rows, separated by ;: {'; '.join([*QUICKSTARTS, *LARGE, *SAVED])}")
     parser.add_argument("--precision", choices=("bf16", "no"), default="bf16", help="of the large base; no: fp32")
     parser.add_argument("--folder", help="where the large base is, or is kept")
-    parser.add_argument("--kept", type=float, help="freed blocks below so many MiB are kept (glibc; 128)")
+    parser.add_argument("--kept", type=float, default=128, help="freed blocks below so many MiB are kept (glibc)")
     parser.add_argument("--quick", action="store_true", help="narrow networks")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     return parser.parse_args()
