@@ -1,14 +1,24 @@
-"""Pictures and captions: sources, the stream of samples, cached latents, loaders."""
+"""Pictures and captions: sources, the stream of samples, cached latents, loaders.
 
-from lora_kit.data.batch import Batch
-from lora_kit.data.latents import cache_latents
-from lora_kit.data.loader import make_batch_loader, make_loader, process_share
-from lora_kit.data.records import Flaw, Record, Records
-from lora_kit.data.sampler import Share, StepSampler, micro_batches
-from lora_kit.data.samples import KeptLatents, Latent, Sample, collate
-from lora_kit.data.scan import check_pictures
-from lora_kit.data.sources import count_records, open_records
-from lora_kit.data.training_set import TrainingSet, open_training_set, plain_section
+Names are imported when they are first used (PEP 562): `lora-kit plan` reads records and sizes alone, and needs no
+torch, whose import takes longer than all of a plan.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora_kit.data.batch import Batch
+    from lora_kit.data.latents import cache_latents
+    from lora_kit.data.loader import make_batch_loader, make_loader, process_share
+    from lora_kit.data.records import Flaw, Record, Records
+    from lora_kit.data.sampler import Share, StepSampler, micro_batches
+    from lora_kit.data.samples import KeptLatents, Latent, Sample, collate
+    from lora_kit.data.scan import check_pictures
+    from lora_kit.data.sources import count_records, open_records
+    from lora_kit.data.training_set import TrainingSet, open_training_set, plain_section
 
 __all__ = [
     "Batch",
@@ -33,3 +43,33 @@ __all__ = [
     "plain_section",
     "process_share",
 ]
+
+_HOMES = {
+    "Batch": "batch",
+    "Flaw": "records",
+    "KeptLatents": "samples",
+    "Latent": "samples",
+    "Record": "records",
+    "Records": "records",
+    "Sample": "samples",
+    "Share": "sampler",
+    "StepSampler": "sampler",
+    "TrainingSet": "training_set",
+    "cache_latents": "latents",
+    "check_pictures": "scan",
+    "collate": "samples",
+    "count_records": "sources",
+    "make_batch_loader": "loader",
+    "make_loader": "loader",
+    "micro_batches": "sampler",
+    "open_records": "sources",
+    "open_training_set": "training_set",
+    "plain_section": "training_set",
+    "process_share": "loader",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

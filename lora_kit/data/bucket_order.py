@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_kit.data.bucket_places import Places, has_buckets
 from lora_kit.data.order import permutation
+from lora_kit.data.records import Record
+from lora_kit.errors import DataError
+from lora_kit.recipe import BucketSection, DataSection
 
 
 class Turn(NamedTuple):
@@ -148,3 +153,22 @@ class BucketOrder:
                 self._sorted.pop(next(iter(self._sorted)))
             self._sorted[epoch] = order[np.argsort(self.buckets[order], kind="stable")]
         return self._sorted[epoch]
+
+
+def samples_of(records: Sequence[Record], places: Places) -> NDArray[np.int64]:
+    """An epoch's samples before they are shuffled: int64 [n], the place of each. A record's `repeats` say how often.
+
+    Raises DataError where there are no records.
+    """
+    if not records:
+        raise DataError("The data set has no records. Check data.sources and their where.")
+    repeats = np.array([record.repeats for record in records])
+    return np.repeat(np.arange(len(places.record)), repeats[places.record])
+
+
+def order_of(samples: NDArray[np.int64], places: Places, section: DataSection, seed: int) -> Order:
+    """The order of `samples_of`, as the section asks for it."""
+    if not has_buckets(section):
+        return StreamOrder(len(samples), section.batch_size, seed)
+    wraps = (section.buckets or BucketSection()).short == "wrap"
+    return BucketOrder(places.bucket[samples], section.batch_size, wraps, seed)

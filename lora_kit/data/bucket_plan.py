@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from lora_kit.data.bucket_order import BucketOrder
-from lora_kit.data.bucket_places import fits_of
+from lora_kit.data.bucket_order import BucketOrder, order_of, samples_of
+from lora_kit.data.bucket_places import fits_of, place_pictures
 from lora_kit.data.buckets import Size, crop_loss
-from lora_kit.data.records import MAX_NAMED, Records
+from lora_kit.data.records import MAX_NAMED, Record, Records
 from lora_kit.data.sizes import read_sizes
-from lora_kit.data.training_set import TrainingSet
 from lora_kit.progress import ProgressBar, progress
 from lora_kit.recipe import DataSection
 
@@ -63,30 +63,31 @@ class BucketPlan(NamedTuple):
 def read_bucket_plan(records: Records, section: DataSection, bar: ProgressBar = progress) -> BucketPlan:
     """Read all pictures' headers and say what becomes of them; for a section that `has_buckets`, and whose sources the
     records are of."""
-    sizes = read_sizes(records, section.workers, bar)
-    return bucket_plan(TrainingSet(records, section, 0, sizes=sizes))
+    return bucket_plan(records, read_sizes(records, section.workers, bar), section)
 
 
-def bucket_plan(data: TrainingSet) -> BucketPlan:
-    """The plan of a data set that has buckets, and whose pictures' sizes are known."""
-    assert data.sizes is not None and isinstance(data.order, BucketOrder)
-    pairs = zip(data.records, data.sizes, strict=True)
-    cuts = [_Cut(*fit, size) for record, size in pairs for fit in fits_of(record, size, data.section)]
-    source_of_record = np.array([record.source for record in data.records])
-    repeats = np.array([record.repeats for record in data.records])[data.places.record]
-    by_source = np.bincount(source_of_record[data.places.record], repeats, len(data.section.sources))
-    unreadable = [record.id for record, size in zip(data.records, data.sizes, strict=True) if size is None]
-    held: list[list[_Cut]] = [[] for _ in data.places.sizes]
-    for bucket, cut in zip(data.places.bucket, cuts, strict=True):
+def bucket_plan(records: Sequence[Record], sizes: Sequence[Size | None], section: DataSection) -> BucketPlan:
+    """The plan of records whose pictures have these sizes, for a section that `has_buckets`."""
+    places = place_pictures(records, sizes, section)
+    samples = samples_of(records, places)
+    order = order_of(samples, places, section, seed=0)
+    assert isinstance(order, BucketOrder)
+    pairs = zip(records, sizes, strict=True)
+    cuts = [_Cut(*fit, size) for record, size in pairs for fit in fits_of(record, size, section)]
+    source_of_record = np.array([record.source for record in records])
+    by_source = np.bincount(source_of_record[places.record[samples]], minlength=len(section.sources))
+    unreadable = [record.id for record, size in zip(records, sizes, strict=True) if size is None]
+    held: list[list[_Cut]] = [[] for _ in places.sizes]
+    for bucket, cut in zip(places.bucket, cuts, strict=True):
         held[bucket].append(cut)
     return BucketPlan(
-        buckets=[_facts(bucket, cuts, data.order) for bucket, cuts in enumerate(held)],
-        pictures=len(data.records),
+        buckets=[_facts(bucket, cuts, order) for bucket, cuts in enumerate(held)],
+        pictures=len(records),
         unreadable=len(unreadable),
         unreadable_ids=unreadable[:MAX_NAMED],
-        samples=len(data),
-        source_samples=by_source.astype(int).tolist(),
-        steps=data.order.steps_per_epoch,
+        samples=len(samples),
+        source_samples=by_source.tolist(),
+        steps=order.steps_per_epoch,
     )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from lora_kit.data.buckets import Size
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Box = tuple[float, float, float, float]
 """Left, top, right and bottom in a picture's pixels."""
@@ -41,4 +44,6 @@ def cut_picture(image: Image.Image, size: Size, across: float = 0.5, down: float
 
 def pixels_of(image: Image.Image) -> Tensor:
     """A picture (mode RGB) as float32 [3, height, width] in -1..1: x / 127.5 - 1 of each 8-bit value x."""
+    import torch  # here: what reads sizes alone starts without it
+
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div_(127.5).sub_(1.0)

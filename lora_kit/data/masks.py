@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from lora_kit.data.buckets import Size
 from lora_kit.data.crops import Box
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def mask_cells(mask: Image.Image, box: Box, size: Size, factor: int) -> Tensor:
@@ -18,6 +21,8 @@ def mask_cells(mask: Image.Image, box: Box, size: Size, factor: int) -> Tensor:
     size: width and height that the picture's own `box` is scaled to, pixels; factor: pixels of a cell's side. A pixel
     that a cell covers in part counts in part; Pillow's box filter would take it wholly or not at all.
     """
+    import torch  # here, as in `pixels_of`
+
     values = np.asarray(mask, dtype=np.float32) / np.float32(255)
     across = _shares(box[0], box[2], size[0] // factor, mask.width)
     down = _shares(box[1], box[3], size[1] // factor, mask.height)

@@ -7,11 +7,10 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageColor, ImageOps, PngImagePlugin, TiffImagePlugin
-from torch import Tensor
 
 from lora_kit.data.buckets import Size
 from lora_kit.data.crops import cut_picture, pixels_of
@@ -19,6 +18,9 @@ from lora_kit.data.masks import joined_mask
 from lora_kit.data.profiles import to_srgb
 from lora_kit.data.records import Record
 from lora_kit.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # What Pillow's plugins raise on damaged files, besides OSError.
 _DAMAGED = (OSError, EOFError, ValueError, SyntaxError, IndexError, KeyError, TypeError, struct.error, zlib.error)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from typing import Any
-
-from torch.utils.data import DataLoader, Dataset
+from typing import Any, cast
 
 from lora_kit.data.buckets import Size
 from lora_kit.data.pictures import picture_size
@@ -29,17 +27,24 @@ def read_sizes(
     unknown = [index for index, size in enumerate(sizes) if size is None]
     if not unknown:
         return sizes
-    headers = _Headers([records[index] for index in unknown])
-    loader: DataLoader[Size | None] = DataLoader(
-        headers, batch_size=None, collate_fn=_as_it_is, **worker_options(workers)
-    )
-    with closing(bar(loader, "Reading pictures' sizes", len(unknown))) as found:
+    headers = _headers([records[index] for index in unknown], workers)
+    with closing(bar(headers, "Reading pictures' sizes", len(unknown))) as found:
         for index, size in zip(unknown, found, strict=True):
             sizes[index] = size
     return sizes
 
 
-class _Headers(Dataset[Size | None]):
+def _headers(records: Sequence[Record], workers: int) -> Iterable[Size | None]:
+    if not workers:
+        return map(picture_size, records)
+    from torch.utils.data import DataLoader  # here: its import takes as long as some ten thousand headers
+
+    return DataLoader(cast(Any, _Headers(records)), batch_size=None, collate_fn=_as_it_is, **worker_options(workers))
+
+
+class _Headers:
+    """As a DataLoader's workers read them."""
+
     def __init__(self, records: Sequence[Record]) -> None:
         self.records = records
 

@@ -8,11 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from lora_kit.data.bucket_order import BucketOrder, Order, StreamOrder
+from lora_kit.data.bucket_order import Order, order_of, samples_of
 from lora_kit.data.bucket_places import has_buckets, place_pictures
 from lora_kit.data.buckets import Size
 from lora_kit.data.captions import CaptionChances, Captioner
@@ -24,9 +23,8 @@ from lora_kit.data.records import Flaw, Records, fingerprint, name_some, settle_
 from lora_kit.data.samples import KeptLatents, Sample
 from lora_kit.data.sizes import KnownSize, read_sizes
 from lora_kit.data.sources import open_records
-from lora_kit.errors import DataError
 from lora_kit.progress import ProgressBar, progress
-from lora_kit.recipe import BucketSection, DataSection, SourceSection, expand_sources
+from lora_kit.recipe import DataSection, SourceSection, expand_sources
 
 
 class TrainingSet(Dataset[Sample]):
@@ -156,20 +154,10 @@ class TrainingSet(Dataset[Sample]):
         self._number_samples()
 
     def _number_samples(self) -> None:
-        if not self.records:
-            raise DataError("The data set has no records. Check data.sources and their where.")
         self.places = place_pictures(self.records, self.sizes, self.section)
-        repeats = np.array([record.repeats for record in self.records])
-        self._samples = np.repeat(np.arange(len(self.places.record)), repeats[self.places.record])
-        self.order: Order = self._make_order()
+        self._samples = samples_of(self.records, self.places)
+        self.order: Order = order_of(self._samples, self.places, self.section, self.seed)
         """Which sample stands where in the stream."""
-
-    def _make_order(self) -> Order:
-        section = self.section
-        if not has_buckets(section):
-            return StreamOrder(len(self._samples), section.batch_size, self.seed)
-        wraps = (section.buckets or BucketSection()).short == "wrap"
-        return BucketOrder(self.places.bucket[self._samples], section.batch_size, wraps, self.seed)
 
     def _tell_lowered(self) -> None:
         ids = [self.records[record].id for record in self.places.lowered]

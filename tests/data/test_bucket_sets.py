@@ -241,7 +241,8 @@ def test_fingerprint_follows_the_buckets(open_set: Open) -> None:
 @pytest.mark.parametrize("short", ["wrap", "short"])
 def test_plan_agrees_with_what_is_trained(open_set: Open, short: str) -> None:
     training_set = open_set(buckets={"step": 8, "short": short}, batch_size=3)
-    plan = bucket_plan(training_set)
+    assert training_set.sizes is not None
+    plan = bucket_plan(training_set.records, training_set.sizes, training_set.section)
     trained = Counter(training_set[p].pixels.shape[1:] for p in epoch(training_set))  # pyright: ignore
     assert trained == {(b.height, b.width): b.samples + b.wrapped for b in plan.buckets}
     assert plan.steps == training_set.order.steps_per_epoch == sum(bucket.steps for bucket in plan.buckets)
