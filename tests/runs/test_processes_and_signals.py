@@ -95,6 +95,7 @@ def started(command: list[str], run: Path) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_again_and_again_a_run_equals_one_never_stopped(tiny_sd1_folder, picture_folder, tmp_path):
     recipe = str(write_recipe(tmp_path, tiny_sd1_folder, picture_folder, 40))
     command = [sys.executable, SCRIPT, recipe]

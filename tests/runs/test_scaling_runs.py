@@ -172,6 +172,7 @@ def test_every_method_trains_over_sharded_networks_as_in_one_process(recipes, tm
     assert norm(difference(tensors(one, 10), tensors(two, 10))) < allowed
 
 
+@pytest.mark.slow
 def test_a_sharded_run_goes_on_with_another_number_of_processes(recipes, tmp_path):
     recipe, one = recipes["full"]
     out = f"output_dir={tmp_path / 'run'}"

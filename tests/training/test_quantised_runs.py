@@ -31,7 +31,7 @@ def digest(path: Path) -> str:
     return hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_is_the_same_run(make_recipe, tmp_path, kind, precision):
     own = (
