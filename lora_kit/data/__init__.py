@@ -6,8 +6,9 @@ torch, whose import takes longer than all of a plan.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lora_kit.first_use import imported_on_first_use
 
 if TYPE_CHECKING:
     from lora_kit.data.batch import Batch
@@ -68,8 +69,4 @@ _HOMES = {
     "process_share": "loader",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = imported_on_first_use(__name__, _HOMES)

@@ -6,8 +6,9 @@ names do not.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lora_kit.first_use import imported_on_first_use
 
 if TYPE_CHECKING:
     from lora_kit.targeting.block_scales import ldm_block, module_scales
@@ -56,8 +57,4 @@ _HOMES = {
     "preset_rules": "presets",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = imported_on_first_use(__name__, _HOMES)
