@@ -6,7 +6,7 @@ from importlib import import_module
 
 import pytest
 
-ROOMS = ["adapters", "data", "models", "targeting"]
+ROOMS = ["adapters", "data", "models", "targeting", "training"]
 
 
 @pytest.mark.parametrize("room", ROOMS)

@@ -72,6 +72,10 @@ def test_the_peak_is_the_sum_of_its_parts(recipe: Path, capsys: pytest.CaptureFi
     parts = (held[part] for part in ("frozen", "trainable", "activations", "libraries", "kept"))
     assert held["rested"] > 0  # the VAE, once latents are kept
     assert held["expected_peak"] == held["expected_peaks"]["steps"] == sum(parts) - held["rested"]
+
+
+@pytest.mark.slow
+def test_the_peak_is_told_to_people(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _run(str(recipe), "--memory") == 0
     shown = capsys.readouterr().out
     assert "activations of 4 pictures of " in shown and "expected at a step's peak" in shown

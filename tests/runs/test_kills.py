@@ -41,7 +41,7 @@ def killed_run(folder: Path, recipe: dict, points: int, seed: int) -> tuple[dict
 @pytest.mark.parametrize(
     ("points", "steps", "settings"),
     [
-        pytest.param(7, 14, ADAMW, id="7 points"),
+        pytest.param(4, 8, ADAMW, id="4 points"),
         pytest.param(24, 48, ADAMW, id="24 points", marks=pytest.mark.slow),
         pytest.param(24, 48, PRODIGY, id="24 points, prodigy", marks=pytest.mark.slow),
         pytest.param(200, 400, ADAMW, id="200 points", marks=pytest.mark.slow),

@@ -55,7 +55,8 @@ def launch(
     )
 
 
-@pytest.mark.parametrize("cache", [pytest.param("memory", marks=pytest.mark.slow), "disk"])
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["memory", "disk"])
 def test_two_processes_learn_what_one_does(tiny_sd1_folder, make_picture_folder, tmp_path, cache):
     # Five pictures over two processes: three and two, so a mean of the processes' means would be wrong.
     # On disk, each run has a cache of its own; two processes fill theirs together, and both leave out what is broken.
@@ -121,6 +122,7 @@ def test_stopped_and_resumed_again_and_again_a_run_equals_one_never_stopped(tiny
     assert losses(tmp_path / "whole") == losses(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_leaves_at_once_without_harm(tiny_sd1_folder, picture_folder, tmp_path):
     # Steps of a thousand pictures, so that the first Ctrl-C has a long step to finish.
     recipe = str(write_recipe(tmp_path, tiny_sd1_folder, picture_folder, 40))

@@ -132,7 +132,12 @@ def test_tokens_are_learned_by_two_processes_as_by_one(recipes, tmp_path, flags)
 
 
 @pytest.mark.parametrize(
-    ("method", "flags"), [("lora", ()), pytest.param("lora", FSDP, marks=pytest.mark.slow), ("full", FSDP)]
+    ("method", "flags"),
+    [
+        ("lora", ()),
+        pytest.param("lora", FSDP, marks=pytest.mark.slow),
+        pytest.param("full", FSDP, marks=pytest.mark.slow),
+    ],
 )
 def test_ten_steps_of_two_processes_are_those_of_one(recipes, tmp_path, method, flags):
     recipe, one = recipes[method]
@@ -220,7 +225,8 @@ def test_a_step_that_is_not_finite_is_skipped_by_all_processes_alike(recipes, tm
 STEPS = 4000  # far more than are done before the run is stopped
 
 
-@pytest.mark.parametrize("flags", [(), pytest.param(FSDP, marks=pytest.mark.slow)], ids=["whole", "sharded"])
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), FSDP], ids=["whole", "sharded"])
 def test_a_rank_that_is_killed_ends_the_run_with_its_message_and_a_whole_checkpoint(recipes, tmp_path, flags):
     recipe, _ = recipes["lora"]
     run = tmp_path / "run"
@@ -267,7 +273,7 @@ def test_a_signal_to_one_rank_stops_all_of_them_after_one_step_and_saves_it(reci
     ("override", "expected"),
     [
         ("seed=1", "error: The processes of this launch do not see the same:\n  recipe: process 1 has another"),
-        ("data.sources.0.path=nowhere", "error: process 1 of 2: "),
+        pytest.param("data.sources.0.path=nowhere", "error: process 1 of 2: ", marks=pytest.mark.slow),
     ],
 )
 def test_a_rank_that_sees_something_else_ends_the_run_before_its_first_step(recipes, tmp_path, override, expected):

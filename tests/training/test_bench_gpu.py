@@ -23,6 +23,7 @@ def gpu(monkeypatch):
     return gpu
 
 
+@pytest.mark.slow
 def test_every_variant_has_a_row_and_what_cannot_be_had_says_why(gpu, monkeypatch, capsys):
     options = "--device cpu --quick --batches 2 --precisions bf16 --rounds 1 --targets all"
     monkeypatch.setattr(sys, "argv", ["gpu.py", *options.split()])

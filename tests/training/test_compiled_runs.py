@@ -171,6 +171,7 @@ def test_only_steps_are_compiled(make_recipe, traced):
     assert traced.graphs
 
 
+@pytest.mark.slow
 def test_a_source_of_the_bases_predictions_runs_the_base_as_it_is(make_recipe, picture_folder, tmp_path, traced):
     own = f"data.sources=[{{path: {picture_folder}, target: base}}]"
     train(make_recipe(own, name="plain"))
@@ -192,6 +193,7 @@ def test_a_unet_without_text_has_attention_blocks(tiny_super_resolution_folder):
     assert blocks_of(unet) == by_class(unet, {"ResnetBlock2D", "Attention"})
 
 
+@pytest.mark.slow
 def test_what_is_compiled_is_told(make_recipe, capsys, tmp_path, traced):
     train(make_recipe(COMPILED, "train.max_steps=1"))
     said = capsys.readouterr().err

@@ -242,6 +242,7 @@ def test_templates_stand_for_captions(make_recipe: MakeRecipe, picture_folder: P
     assert train(recipe).path.is_file()
 
 
+@pytest.mark.slow
 def test_learning_lowers_the_loss_on_one_picture(make_recipe: MakeRecipe, picture_folder: Path, tmp_path: Path) -> None:
     picture = sorted(picture_folder.glob("*.png"))[0]
     for name in ("one", "same"):

@@ -65,7 +65,9 @@ def _bytes(tensor: Tensor) -> int:
 
 
 @pytest.mark.parametrize("base", ["tiny_sd1_folder", "tiny_sd2_folder", "tiny_text2im_folder"])
-@pytest.mark.parametrize("options", [(), (BF16, ALL), (BF16, CHECKPOINTS), (CHECKPOINTS, ALL)], ids=str)
+@pytest.mark.parametrize(
+    "options", [(), (BF16, ALL), pytest.param((BF16, CHECKPOINTS), marks=pytest.mark.slow), (CHECKPOINTS, ALL)], ids=str
+)
 def test_what_is_kept_is_what_a_real_step_keeps(
     base: str, options: tuple[str, ...], request: pytest.FixtureRequest, picture_folder: Path, tmp_path: Path
 ) -> None:

@@ -23,11 +23,12 @@ BF16 = pytest.mark.skipif(
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells a process's peaks")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
         pytest.param((), id="as it is"),
-        pytest.param(("train.gradient_checkpointing=true",), marks=pytest.mark.slow, id="checkpoints"),
+        pytest.param(("train.gradient_checkpointing=true",), id="checkpoints"),
         pytest.param(("train.mixed_precision=bf16",), marks=BF16, id="bf16"),
     ],
 )
