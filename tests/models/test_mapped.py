@@ -13,7 +13,7 @@ from torch import nn
 
 from lora_kit.models.mapped import cast, channels_last, rewrite
 
-LAYERS, SIDE = 12, 1448  # 12 x 8.4 MB in fp32
+LAYERS, SIDE = 24, 1448  # 24 x 8.4 MB in fp32
 
 SCRIPT = """
 import sys, torch

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -99,17 +100,19 @@ def assert_same_run(one: Path, two: Path) -> None:
 
 @pytest.fixture(scope="module")
 def recipes(tiny_sd1_folder, picture_folder, make_picture_folder, tmp_path_factory):
-    """Method → its recipe, and the folder of a run of it in one process."""
+    """Of a method: its recipe, and the folder of a run of it in one process, made when it is first asked for."""
     folder = tmp_path_factory.mktemp("scaling")
     held_out = make_picture_folder(folder / "held-out", count=3)
-    found = {}
-    for method, targets in (("lora", LORA), ("full", FULL)):
+
+    @cache
+    def made(method: str) -> tuple[Path, Path]:
         path, out = folder / f"{method}.yaml", folder / method
         places = {"base": tiny_sd1_folder, "pictures": picture_folder, "held_out": held_out}
-        path.write_text(RECIPE.format(targets=targets, out=out, **places))
+        path.write_text(RECIPE.format(targets={"lora": LORA, "full": FULL}[method], out=out, **places))
         well(launch(1, path))
-        found[method] = (path, out)
-    return found
+        return path, out
+
+    return made
 
 
 PIVOTAL = [
@@ -123,7 +126,7 @@ PIVOTAL = [
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), FSDP], ids=["whole", "sharded"])
 def test_tokens_are_learned_by_two_processes_as_by_one(recipes, tmp_path, flags):
-    recipe, _ = recipes["lora"]
+    recipe, _ = recipes("lora")
     well(launch(1, recipe, f"output_dir={tmp_path / 'one'}", *PIVOTAL))
     well(launch(2, recipe, f"output_dir={tmp_path / 'two'}", *PIVOTAL, flags=flags))
     assert_same_run(tmp_path / "one", tmp_path / "two")
@@ -140,7 +143,7 @@ def test_tokens_are_learned_by_two_processes_as_by_one(recipes, tmp_path, flags)
     ],
 )
 def test_ten_steps_of_two_processes_are_those_of_one(recipes, tmp_path, method, flags):
-    recipe, one = recipes[method]
+    recipe, one = recipes(method)
     said = well(launch(2, recipe, f"output_dir={tmp_path / 'two'}", flags=flags))
     assert "2 processes share each step's pictures" in said
     assert_same_run(one, tmp_path / "two")
@@ -165,7 +168,7 @@ def test_ten_steps_of_two_processes_are_those_of_one(recipes, tmp_path, method, 
     ],
 )
 def test_every_method_trains_over_sharded_networks_as_in_one_process(recipes, tmp_path, rule):
-    recipe, _ = recipes["lora"]
+    recipe, _ = recipes("lora")
     own = [f"targets=[{{match: 'unet.**.attn*.to_q', {rule}}}]", "optimizer.lr=0.01"]
     well(launch(1, recipe, f"output_dir={tmp_path / 'one'}", *own))
     well(launch(2, recipe, f"output_dir={tmp_path / 'two'}", *own, flags=FSDP))
@@ -179,7 +182,7 @@ def test_every_method_trains_over_sharded_networks_as_in_one_process(recipes, tm
 
 @pytest.mark.slow
 def test_a_sharded_run_goes_on_with_another_number_of_processes(recipes, tmp_path):
-    recipe, one = recipes["full"]
+    recipe, one = recipes("full")
     out = f"output_dir={tmp_path / 'run'}"
     well(launch(2, recipe, out, "train.max_steps=5", flags=FSDP))
     said = well(launch(1, recipe, out, "train.resume=latest"))
@@ -191,7 +194,7 @@ def test_a_sharded_run_goes_on_with_another_number_of_processes(recipes, tmp_pat
 @pytest.mark.parametrize(("method", "rate", "flags"), [("lora", 2.0, ()), ("lora", 2.0, FSDP), ("full", 0.2, FSDP)])
 def test_several_processes_validate_stop_early_and_keep_the_best_as_one_does(recipes, tmp_path, method, rate, flags):
     # Rates at which the loss soon rises: the best is not the last, and the run ends early.
-    recipe, _ = recipes[method]
+    recipe, _ = recipes(method)
     rising = [f"optimizer.lr={rate}", "train.max_steps=30", "validation.every=1", "validation.early_stop={patience: 2}"]
     rising += ["save.best=true", "save.every=4"]
     for processes in (1, 2):
@@ -210,7 +213,7 @@ def test_several_processes_validate_stop_early_and_keep_the_best_as_one_does(rec
 @pytest.mark.slow
 def test_a_step_that_is_not_finite_is_skipped_by_all_processes_alike(recipes, tmp_path):
     # A rate at which weights, and so losses, overflow within a step or two.
-    recipe, _ = recipes["lora"]
+    recipe, _ = recipes("lora")
     wild = ["optimizer.lr=1e30", "optimizer.max_grad_norm=0", "train.non_finite=skip", "train.max_non_finite=99"]
     wild += ["validation.prompts=[]", "validation.held_out=null", "train.ema_decay=null"]
     for processes in (1, 2):
@@ -228,7 +231,7 @@ STEPS = 4000  # far more than are done before the run is stopped
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), FSDP], ids=["whole", "sharded"])
 def test_a_rank_that_is_killed_ends_the_run_with_its_message_and_a_whole_checkpoint(recipes, tmp_path, flags):
-    recipe, _ = recipes["lora"]
+    recipe, _ = recipes("lora")
     run = tmp_path / "run"
     overrides = [f"output_dir={run}", f"train.max_steps={STEPS}", "save.every=2", "validation.prompts=[]"]
     process = subprocess.Popen(
@@ -256,7 +259,7 @@ def test_a_rank_that_is_killed_ends_the_run_with_its_message_and_a_whole_checkpo
 
 @pytest.mark.parametrize("flags", [(), pytest.param(FSDP, marks=pytest.mark.slow)], ids=["whole", "sharded"])
 def test_a_signal_to_one_rank_stops_all_of_them_after_one_step_and_saves_it(recipes, tmp_path, flags):
-    recipe, _ = recipes["lora"]
+    recipe, _ = recipes("lora")
     run = tmp_path / "run"
     overrides = [f"output_dir={run}", f"train.max_steps={STEPS}", "save.every=0", "validation.prompts=[]"]
     process = started(command(2, recipe, *overrides, flags=flags), run / "metrics.jsonl")
@@ -277,7 +280,7 @@ def test_a_signal_to_one_rank_stops_all_of_them_after_one_step_and_saves_it(reci
     ],
 )
 def test_a_rank_that_sees_something_else_ends_the_run_before_its_first_step(recipes, tmp_path, override, expected):
-    recipe, _ = recipes["lora"]
+    recipe, _ = recipes("lora")
     line = command(2, recipe, f"output_dir={tmp_path / 'run'}")
     at = line.index(SCRIPT)
     done = finished([*line[:at], str(ROOT / "tests" / "runs" / "one_rank.py"), "1", override, *line[at + 1 :]])
@@ -290,7 +293,7 @@ def test_a_rank_that_sees_something_else_ends_the_run_before_its_first_step(reci
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "flags"), [("lora", ("--multi_gpu",)), ("full", FSDP)])
 def test_two_machines_of_one_process_each_learn_what_one_process_does(recipes, tmp_path, method, flags):
-    recipe, one = recipes[method]
+    recipe, one = recipes(method)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
